@@ -1,0 +1,2 @@
+//! The block graph: nodes, edges, permissions, requests.
+#![forbid(unsafe_code)]

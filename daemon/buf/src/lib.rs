@@ -1,0 +1,1 @@
+//! Reference-counted I/O buffers.

@@ -1,0 +1,2 @@
+//! Protocol drivers and filters.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Exports of block nodes: NBD.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! IOThreads, file engines, image locks.

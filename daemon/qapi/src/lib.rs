@@ -1,0 +1,2 @@
+//! QAPI types: one definition for JSON, the command line, introspection and documentation.
+#![forbid(unsafe_code)]

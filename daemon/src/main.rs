@@ -1,0 +1,2 @@
+//! Serves disk images without a virtual machine.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The protocols between the daemon, QEMU and the persistent-reservation helper.

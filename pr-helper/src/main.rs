@@ -1,0 +1,2 @@
+//! Issues SCSI PERSISTENT RESERVE commands for unprivileged clients.
+fn main() {}

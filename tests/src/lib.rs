@@ -1,0 +1,1 @@
+//! Interoperability, conformance and crash tests of the suite.
