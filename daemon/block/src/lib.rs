@@ -1,2 +1,43 @@
-//! The block graph: nodes, edges, permissions, requests.
+//! The block graph: nodes, edges, permissions, and the path that every request takes.
+//!
+//! | module | noun |
+//! | --- | --- |
+//! | [`driver`] | what the author of a driver writes ([`Driver`]) and what the core asks ([`DynDriver`]) |
+//! | [`node`] | [`Node`]: one driver in the graph, and the one place that checks, splits, aligns, emulates, serialises, counts |
+//! | [`edge`] | [`Edge`]: parent → child, with role and permissions; replaced only while nothing is in flight |
+//! | [`disk`] | [`Disk`]: what an export or a job holds: a root edge with a gate, statistics and a write-back setting |
+//! | [`gate`] | [`gate::Gate`]: lets requests in and counts them; a drain closes it and waits for zero |
+//! | [`perm`] | permissions, their combination and the texts of their conflicts |
+//! | [`graph`] | [`Graph`]: the only writer: adds, deletes, resizes, attaches; plan, then drain, then commit |
+//! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
+//! | [`stats`] | counters of nodes and disks |
+//!
+//! Two threads of control meet here. The *control task* owns [`Graph`] and is the only one that changes anything
+//! structural. *Requests* run on the IOThread that issued them, read the structure through snapshots, and never wait for
+//! the control task except at the gate of their [`Disk`].
+//!
+//! A request passes one gate, that of its disk, and no other: edges below are never gated, so a nested request cannot
+//! wait for a drain that waits for its parent. To change an edge the control task closes the gates of all disks above it.
 #![forbid(unsafe_code)]
+
+pub mod disk;
+pub mod driver;
+pub mod edge;
+pub mod gate;
+// pub mod graph;
+pub mod node;
+mod overlap;
+pub mod perm;
+pub mod stats;
+pub mod status;
+
+pub use disk::Disk;
+pub use driver::{Driver, DynDriver, Facts, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
+pub use edge::{Edge, Role};
+
+pub use nix::errno::Errno;
+pub use node::{Node, NodeOptions};
+pub use perm::Perms;
+
+/// Result of a request: the data path carries an errno and nothing else.
+pub type IoResult<T = ()> = Result<T, Errno>;

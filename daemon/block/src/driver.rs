@@ -1,0 +1,318 @@
+//! What a driver is: a few asynchronous operations on bytes, and facts about them.
+//!
+//! The author of a driver implements [`Driver`] with plain `async fn`s; the core calls it through [`DynDriver`], the
+//! boxed mirror that is derived from it. A driver is called only within its facts: offsets and lengths are multiples of
+//! [`Facts::request_align`], transfers are no longer than [`Facts::max_transfer`], buffers are aligned to
+//! [`Facts::mem_align`]. It need not check bounds, emulate anything or count.
+//!
+//! A driver owns the state of its medium, shared by all threads. It keeps no lock across an await, starts no thread and
+//! knows no parents.
+
+use crate::IoResult;
+use crate::edge::Edge;
+use crate::perm::Perms;
+use buf::IoBuf;
+use nix::errno::Errno;
+use qapi::{Error, Result};
+use std::pin::Pin;
+use std::sync::Arc;
+
+/// A future that stays on the thread that made it, as every request does (law 4).
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// A run of bytes on a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First byte.
+    pub at: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+impl Span {
+    /// `len` bytes from `at`.
+    pub const fn new(at: u64, len: u64) -> Self {
+        Self { at, len }
+    }
+
+    /// The first byte after the run; saturates, so that a run that would wrap never looks short.
+    pub const fn end(self) -> u64 {
+        self.at.saturating_add(self.len)
+    }
+}
+
+/// How well a driver does something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Support {
+    /// Not at all: the core does without or refuses.
+    #[default]
+    None,
+    /// By other means of the driver's, slower than it looks.
+    Emulated,
+    /// As the medium's own operation.
+    Native,
+}
+
+/// What the core has to know of a driver to call it right. Taken as a snapshot at open and after each change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Offsets and lengths are multiples of this many bytes. A power of two, from 1 to 1 MiB.
+    pub request_align: u32,
+    /// Buffers start and end on multiples of this many bytes in memory. A power of two, up to 4096.
+    pub mem_align: u32,
+    /// The longest read or write in bytes; a multiple of `request_align`.
+    pub max_transfer: u32,
+    /// The length that serves best, in bytes; 0 where the driver does not know one.
+    pub opt_transfer: u32,
+    /// Longest zero request in bytes.
+    pub max_zero: u64,
+    /// Zero requests that are no multiple of this lose their ends to ordinary writes. A power of two.
+    pub zero_align: u32,
+    /// Longest discard in bytes.
+    pub max_discard: u64,
+    /// Discards are shrunk to multiples of this. A power of two.
+    pub discard_align: u32,
+    /// [`WriteFlags::FUA`] on writes and zeroes; emulated by a flush where it is not native.
+    pub fua: Support,
+    /// [`Driver::zero`] exists. Where it is `Native`, a request without fallback may succeed.
+    pub zero: Support,
+    /// [`Driver::discard`] exists.
+    pub discard: Support,
+}
+
+impl Default for Facts {
+    fn default() -> Self {
+        Self {
+            request_align: 1,
+            mem_align: 1,
+            max_transfer: 1 << 30,
+            opt_transfer: 0,
+            max_zero: 1 << 40,
+            zero_align: 1,
+            max_discard: 1 << 40,
+            discard_align: 1,
+            fua: Support::None,
+            zero: Support::None,
+            discard: Support::None,
+        }
+    }
+}
+
+/// How a write is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct WriteFlags {
+    /// The data is on stable storage before the write completes (force unit access).
+    pub fua: bool,
+}
+
+impl WriteFlags {
+    /// On stable storage before it completes.
+    pub const FUA: Self = Self { fua: true };
+    /// No flag.
+    pub const NONE: Self = Self { fua: false };
+}
+
+/// How zeroes are to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct ZeroFlags {
+    /// The zeroes are on stable storage before the request completes.
+    pub fua: bool,
+    /// Space may be given back to the host, as long as the bytes read as zero.
+    pub may_unmap: bool,
+    /// Fail with `ENOTSUP` rather than write zeroes the slow way.
+    pub no_fallback: bool,
+}
+
+/// How the new end of a node is to be backed when it grows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Prealloc {
+    /// Sparse.
+    #[default]
+    Off,
+    /// The format's metadata only.
+    Metadata,
+    /// Reserved without being written.
+    Falloc,
+    /// Written with zeroes.
+    Full,
+}
+
+/// What lies at some run of bytes of one node, see [`Driver::map`].
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    /// For how many bytes from the start this holds; at least one alignment unit, at most what was asked.
+    pub len: u64,
+    /// The bytes read as zero, whatever else is said.
+    pub zero: bool,
+    /// The bytes are stored and must be read to be known.
+    pub data: bool,
+    /// The bytes come from this node, not from what backs it. Formats say no where their backing file shows through.
+    pub allocated: bool,
+    /// Where they are: offset in `child`, or in this node's own medium if that is none.
+    pub at: Option<u64>,
+    /// The child that the bytes are in. The core asks it in turn whether they are zero there.
+    pub child: Option<Arc<Edge>>,
+    /// The bytes are stored in another form (compressed, encrypted), so `at` is no place to read them plainly.
+    pub encoded: bool,
+}
+
+impl Mapping {
+    /// `len` bytes of stored data at `at` of the driver's own medium.
+    pub const fn data(len: u64, at: u64) -> Self {
+        Self { len, zero: false, data: true, allocated: true, at: Some(at), child: None, encoded: false }
+    }
+
+    /// `len` bytes of the driver's own medium that read as zero because nothing is stored.
+    pub const fn hole(len: u64, at: u64) -> Self {
+        Self { len, zero: true, data: false, allocated: true, at: Some(at), child: None, encoded: false }
+    }
+
+    /// `len` bytes that `child` has at `at`: what a filter says of all its bytes.
+    pub const fn forward(len: u64, child: Arc<Edge>, at: u64) -> Self {
+        Self { len, zero: false, data: false, allocated: true, at: Some(at), child: Some(child), encoded: false }
+    }
+}
+
+/// A driver, as its author writes it. See the module for what the core guarantees.
+pub trait Driver: Send + Sync + 'static {
+    /// The driver's name in QAPI: `file`, `raw`, ...
+    fn name(&self) -> &'static str;
+
+    /// The facts as they are now. Called at open and after a change of permissions, options or size.
+    fn facts(&self) -> Facts;
+
+    /// The file name that the node shows (`filename` of `query-named-block-nodes`); empty where it has none of its own.
+    fn filename(&self) -> String {
+        String::new()
+    }
+
+    /// Length in bytes, as the medium has it now.
+    fn length(&self) -> impl Future<Output = IoResult<u64>>;
+
+    /// Bytes that the medium occupies on its host, none where that is unknown.
+    fn allocated_size(&self) -> impl Future<Output = Option<u64>> {
+        async { None }
+    }
+
+    /// Fills `buf` with the bytes from `at`. Bytes after the end of the medium read as zero.
+    fn read(&self, at: u64, buf: &IoBuf) -> impl Future<Output = IoResult>;
+
+    /// Writes `buf` at `at`. `flags.fua` is set only where [`Facts::fua`] is not `None`.
+    fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> impl Future<Output = IoResult>;
+
+    /// All writes that completed before this call are on stable storage when it returns. A filter flushes its child.
+    fn flush(&self) -> impl Future<Output = IoResult>;
+
+    /// Makes `span` read as zero, or `ENOTSUP`, upon which the core writes zeroes (unless `no_fallback`).
+    fn zero(&self, span: Span, flags: ZeroFlags) -> impl Future<Output = IoResult> {
+        let _ = (span, flags);
+        async { Err(Errno::ENOTSUP) }
+    }
+
+    /// The bytes of `span` are not needed any more; `ENOTSUP` is taken as done.
+    fn discard(&self, span: Span) -> impl Future<Output = IoResult> {
+        let _ = span;
+        async { Err(Errno::ENOTSUP) }
+    }
+
+    /// What lies at the start of `span`. With `precise` false a driver may call data what it would have to search.
+    fn map(&self, span: Span, precise: bool) -> impl Future<Output = IoResult<Mapping>>;
+
+    /// Sets the length to `size` bytes. With `exact` false a medium whose size cannot change may stay larger.
+    fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> impl Future<Output = Result<()>> {
+        let _ = (size, exact, prealloc);
+        async { Err(Error::generic("Image format driver does not support resize")) }
+    }
+
+    /// What this node needs of, and shares on, `child` when its own users have `of_node`. A filter passes them on.
+    fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms {
+        let _ = child;
+        of_node
+    }
+
+    /// The users' permissions are about to become `new`: gets what they need in addition (locks, a writable descriptor)
+    /// and keeps what the old ones need, until one of [`Driver::commit_perms`] and [`Driver::abort_perms`] follows.
+    fn prepare_perms(&self, new: Perms) -> impl Future<Output = Result<()>> {
+        let _ = new;
+        async { Ok(()) }
+    }
+
+    /// The prepared permissions hold: releases what only the old ones needed. Cannot fail.
+    fn commit_perms(&self) {}
+
+    /// The prepared permissions will not come: back to the old ones.
+    fn abort_perms(&self) {}
+
+    /// The node is gone from the graph, nothing is in flight, everything has been flushed: releases locks and files.
+    fn close(&self) -> impl Future<Output = ()> {
+        async {}
+    }
+}
+
+macro_rules! mirror {
+    ($(fn $name:ident(&self $(, $arg:ident : $ty:ty)*) -> $ret:ty;)*) => {
+        /// The object-safe mirror of [`Driver`], implemented for each of them; one allocation a call.
+        pub trait DynDriver: Send + Sync + 'static {
+            $(#[doc = concat!("[`Driver::", stringify!($name), "`], boxed.")]
+            fn $name<'a>(&'a self $(, $arg: $ty)*) -> LocalFuture<'a, $ret>;)*
+            /// [`Driver::name`].
+            fn name(&self) -> &'static str;
+            /// [`Driver::facts`].
+            fn facts(&self) -> Facts;
+            /// [`Driver::filename`].
+            fn filename(&self) -> String;
+            /// [`Driver::read`], boxed.
+            fn read<'a>(&'a self, at: u64, buf: &'a IoBuf) -> LocalFuture<'a, IoResult>;
+            /// [`Driver::write`], boxed.
+            fn write<'a>(&'a self, at: u64, buf: &'a IoBuf, flags: WriteFlags) -> LocalFuture<'a, IoResult>;
+            /// [`Driver::child_perms`].
+            fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms;
+            /// [`Driver::commit_perms`].
+            fn commit_perms(&self);
+            /// [`Driver::abort_perms`].
+            fn abort_perms(&self);
+        }
+
+        impl<D: Driver> DynDriver for D {
+            $(fn $name<'a>(&'a self $(, $arg: $ty)*) -> LocalFuture<'a, $ret> {
+                Box::pin(Driver::$name(self $(, $arg)*))
+            })*
+            fn name(&self) -> &'static str {
+                Driver::name(self)
+            }
+            fn facts(&self) -> Facts {
+                Driver::facts(self)
+            }
+            fn filename(&self) -> String {
+                Driver::filename(self)
+            }
+            fn read<'a>(&'a self, at: u64, buf: &'a IoBuf) -> LocalFuture<'a, IoResult> {
+                Box::pin(Driver::read(self, at, buf))
+            }
+            fn write<'a>(&'a self, at: u64, buf: &'a IoBuf, flags: WriteFlags) -> LocalFuture<'a, IoResult> {
+                Box::pin(Driver::write(self, at, buf, flags))
+            }
+            fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms {
+                Driver::child_perms(self, child, of_node)
+            }
+            fn commit_perms(&self) {
+                Driver::commit_perms(self);
+            }
+            fn abort_perms(&self) {
+                Driver::abort_perms(self);
+            }
+        }
+    };
+}
+
+mirror! {
+    fn length(&self) -> IoResult<u64>;
+    fn allocated_size(&self) -> Option<u64>;
+    fn flush(&self) -> IoResult;
+    fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult;
+    fn discard(&self, span: Span) -> IoResult;
+    fn map(&self, span: Span, precise: bool) -> IoResult<Mapping>;
+    fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()>;
+    fn prepare_perms(&self, new: Perms) -> Result<()>;
+    fn close(&self) -> ();
+}

@@ -1,0 +1,197 @@
+//! [`Node`]: a driver in the graph, and the one place where requests are checked, aligned, split, emulated, serialised and
+//! counted. Drivers do none of that.
+//!
+//! The fast path is a request that already fits the driver's facts: it is handed on as it is. The rest is in
+//! [`request`](self): what does not fit is cut at the alignment; ends are bounced, and written by read-modify-write under
+//! a reservation of the touched units.
+
+mod request;
+
+use crate::driver::{DynDriver, Facts};
+use crate::edge::Edge;
+use crate::overlap::Overlap;
+use crate::perm::{Bits, Perms};
+use crate::stats::Stats;
+use arc_swap::ArcSwap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// What to do with writes of nothing but zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DetectZeroes {
+    /// Write them like others.
+    #[default]
+    Off,
+    /// Turn them into zero requests.
+    On,
+    /// The same, and let space be given back.
+    Unmap,
+}
+
+/// Options that every node has, as in force.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct NodeOptions {
+    /// Never written to.
+    pub read_only: bool,
+    /// Falls back to read-only where writing is not possible.
+    pub auto_read_only: bool,
+    /// Others may do with the image what they like, also write to it.
+    pub force_share: bool,
+    /// `cache.direct`: past the host's page cache.
+    pub direct: bool,
+    /// `cache.no-flush`: flushes are not passed on.
+    pub no_flush: bool,
+    /// `discard=unmap`: discards are passed on, and zeroes may give space back.
+    pub discard: bool,
+    /// `detect-zeroes`.
+    pub detect_zeroes: DetectZeroes,
+}
+
+/// The links of a node, changed by the control task alone.
+#[derive(Default)]
+pub(crate) struct Links {
+    pub parents: Vec<Weak<Edge>>,
+    pub children: Vec<Arc<Edge>>,
+}
+
+/// A driver in the graph.
+pub struct Node {
+    name: String,
+    driver: Box<dyn DynDriver>,
+    options: ArcSwap<NodeOptions>,
+    facts: ArcSwap<Facts>,
+    /// Length in bytes, a multiple of 512 (a shorter last sector reads as zero after its end).
+    size: AtomicU64,
+    /// The `need` bits of all users together.
+    needed: AtomicU8,
+    /// Writes that have completed, starting at 1 so that the first flush always reaches the medium: what an earlier
+    /// process wrote and did not flush becomes durable with it.
+    written: AtomicU64,
+    /// The value of `written` at the start of the last flush that succeeded.
+    flushed: AtomicU64,
+    corrupt: AtomicBool,
+    overlap: Overlap,
+    stats: Stats,
+    /// Guards the links. Control task only, never across an await.
+    links: Mutex<Links>,
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node({} {})", self.name, self.driver.name())
+    }
+}
+
+/// Lengths are shown in whole sectors, as every user of the format knows them.
+pub(crate) fn whole_sectors(len: u64) -> u64 {
+    len.checked_next_multiple_of(512).unwrap_or(u64::MAX - 511)
+}
+
+impl Node {
+    /// A node that is in no graph yet. `length` is the driver's, in bytes.
+    pub(crate) fn new(
+        name: String,
+        driver: Box<dyn DynDriver>,
+        options: NodeOptions,
+        length: u64,
+        children: Vec<Arc<Edge>>,
+    ) -> Self {
+        let facts = driver.facts();
+        Self {
+            name,
+            driver,
+            options: ArcSwap::from_pointee(options),
+            facts: ArcSwap::from_pointee(facts),
+            size: AtomicU64::new(whole_sectors(length)),
+            needed: AtomicU8::new(0),
+            written: AtomicU64::new(1),
+            flushed: AtomicU64::new(0),
+            corrupt: AtomicBool::new(false),
+            overlap: Overlap::default(),
+            stats: Stats::default(),
+            links: Mutex::new(Links { parents: Vec::new(), children }),
+        }
+    }
+
+    /// The node name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &dyn DynDriver {
+        &*self.driver
+    }
+
+    /// The common options in force.
+    pub fn options(&self) -> Arc<NodeOptions> {
+        self.options.load_full()
+    }
+
+    /// The driver's facts, as of the last change.
+    pub fn facts(&self) -> Arc<Facts> {
+        self.facts.load_full()
+    }
+
+    /// Length in bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Counters of the requests that reached this node.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Whether damage has been found in the image; set for good by [`Node::mark_corrupt`].
+    pub fn is_corrupt(&self) -> bool {
+        self.corrupt.load(Ordering::Acquire)
+    }
+
+    /// Marks the image as damaged.
+    pub fn mark_corrupt(&self) {
+        self.corrupt.store(true, Ordering::Release);
+    }
+
+    /// The edges to the children, in the order in which they were opened.
+    pub fn children(&self) -> Vec<Arc<Edge>> {
+        self.links().children.clone()
+    }
+
+    /// The edges of all users.
+    pub fn parents(&self) -> Vec<Arc<Edge>> {
+        self.links().parents.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// What all users together need and share.
+    pub fn user_perms(&self) -> Perms {
+        self.parents().iter().fold(Perms::default(), |all, edge| all.with(edge.perms()))
+    }
+
+    pub(crate) fn links(&self) -> MutexGuard<'_, Links> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_needed(&self, need: Bits) {
+        self.needed.store(need.bits(), Ordering::Release);
+    }
+
+    pub(crate) fn needed(&self) -> Bits {
+        Bits::from_bits(self.needed.load(Ordering::Acquire))
+    }
+
+    /// Takes a new length from the driver, in bytes. Control task, with nothing in flight.
+    pub(crate) fn set_length(&self, length: u64) {
+        self.size.store(whole_sectors(length), Ordering::Release);
+    }
+
+    /// Takes new facts from the driver. Control task.
+    pub(crate) fn refresh_facts(&self) {
+        self.facts.store(Arc::new(self.driver.facts()));
+    }
+
+    pub(crate) fn set_options(&self, options: NodeOptions) {
+        self.options.store(Arc::new(options));
+    }
+}
