@@ -18,6 +18,7 @@ mod builtin;
 pub mod def;
 pub mod error;
 pub mod input;
+pub mod types;
 
 pub use builtin::{Null, Size};
 pub use error::{Error, ErrorClass, Result, ResultExt};

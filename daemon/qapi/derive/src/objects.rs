@@ -23,6 +23,7 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
     let mut parse_variants = Vec::new();
     let mut write = Vec::new();
     let mut write_variants = Vec::new();
+    // Locals of the generated functions stand next to locals named after fields, hence the underscores.
     let mut names = Vec::new();
     for field in &fields.named {
         let Some(field_ident) = &field.ident else { continue };
@@ -35,8 +36,8 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
         names.push(field_ident);
         if item.flatten {
             defs.push(quote! { ::qapi::def::Item::Flatten(<#ty as ::qapi::Qapi>::def) });
-            parse.push(quote! { let #field_ident = <#ty as ::qapi::Object>::parse_members(members)?; });
-            write.push(quote! { ::qapi::Object::write_members(&self.#field_ident, map); });
+            parse.push(quote! { let #field_ident = <#ty as ::qapi::Object>::parse_members(__members)?; });
+            write.push(quote! { ::qapi::Object::write_members(&self.#field_ident, __map); });
         } else if item.variants {
             if !write_variants.is_empty() {
                 return Err(syn::Error::new(field.span(), "a union has one variant part"));
@@ -45,9 +46,9 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
             let tag_ident = format_ident!("tag_of_{}", field_ident);
             // A default picks the variant of a tag that is not there.
             let (tag_parse, optional, default) = match &item.default {
-                None => (quote! { members.required(#tag)? }, false, quote! { ::core::option::Option::None }),
+                None => (quote! { __members.required(#tag)? }, false, quote! { ::core::option::Option::None }),
                 Some(DefaultValue::Expr(expr)) => (
-                    quote! { members.optional(#tag)?.unwrap_or(#expr) },
+                    quote! { __members.optional(#tag)?.unwrap_or(#expr) },
                     true,
                     quote! { ::core::option::Option::Some(|| ::qapi::Qapi::to_value(&(#expr))) },
                 ),
@@ -69,12 +70,12 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
             });
             parse.push(quote! { let #tag_ident: <#ty as ::qapi::Variants>::Tag = #tag_parse; });
             parse_variants.push(quote! {
-                let #field_ident = <#ty as ::qapi::Variants>::parse_variant(#tag_ident, members)?;
+                let #field_ident = <#ty as ::qapi::Variants>::parse_variant(#tag_ident, __members)?;
             });
             write.push(quote! {
-                map.insert(#tag.to_owned(), ::qapi::Qapi::to_value(&::qapi::Variants::tag(&self.#field_ident)));
+                __map.insert(#tag.to_owned(), ::qapi::Qapi::to_value(&::qapi::Variants::tag(&self.#field_ident)));
             });
-            write_variants.push(quote! { ::qapi::Variants::write_variant(&self.#field_ident, map); });
+            write_variants.push(quote! { ::qapi::Variants::write_variant(&self.#field_ident, __map); });
         } else if let Some(inner) = inner_of_option(ty) {
             if item.default.is_some() {
                 return Err(syn::Error::new(field.span(), "a member with a default is not an Option"));
@@ -90,17 +91,17 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
                     since: #since,
                 })
             });
-            parse.push(quote! { let #field_ident = members.optional::<#inner>(#name)?; });
+            parse.push(quote! { let #field_ident = __members.optional::<#inner>(#name)?; });
             write.push(quote! {
                 if let ::core::option::Option::Some(value) = &self.#field_ident {
-                    map.insert(#name.to_owned(), ::qapi::Qapi::to_value(value));
+                    __map.insert(#name.to_owned(), ::qapi::Qapi::to_value(value));
                 }
             });
         } else {
             let (expr, optional, default) = match &item.default {
-                None => (quote! { members.required::<#ty>(#name)? }, false, quote! { ::core::option::Option::None }),
+                None => (quote! { __members.required::<#ty>(#name)? }, false, quote! { ::core::option::Option::None }),
                 Some(DefaultValue::Trait) => (
-                    quote! { members.optional::<#ty>(#name)?.unwrap_or_default() },
+                    quote! { __members.optional::<#ty>(#name)?.unwrap_or_default() },
                     true,
                     quote! {
                         ::core::option::Option::Some(|| {
@@ -110,7 +111,7 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
                 ),
                 Some(DefaultValue::Expr(expr)) => (
                     quote! {
-                        match members.optional::<#ty>(#name)? {
+                        match __members.optional::<#ty>(#name)? {
                             ::core::option::Option::Some(value) => value,
                             ::core::option::Option::None => #expr,
                         }
@@ -136,7 +137,7 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
                 })
             });
             parse.push(quote! { let #field_ident = #expr; });
-            write.push(quote! { map.insert(#name.to_owned(), ::qapi::Qapi::to_value(&self.#field_ident)); });
+            write.push(quote! { __map.insert(#name.to_owned(), ::qapi::Qapi::to_value(&self.#field_ident)); });
         }
     }
 
@@ -161,20 +162,20 @@ pub fn expand(input: &DeriveInput, container: &Container, fields: &FieldsNamed) 
                 input.object::<Self>()
             }
             fn to_value(&self) -> ::qapi::Value {
-                let mut map = ::qapi::Map::new();
-                ::qapi::Object::write_members(self, &mut map);
-                ::qapi::Value::Object(map)
+                let mut __map = ::qapi::Map::new();
+                ::qapi::Object::write_members(self, &mut __map);
+                ::qapi::Value::Object(__map)
             }
         }
         impl ::qapi::Object for #ident {
             #[allow(unused_variables)]
-            fn parse_members(members: &mut ::qapi::input::Members<'_>) -> ::qapi::Result<Self> {
+            fn parse_members(__members: &mut ::qapi::input::Members<'_>) -> ::qapi::Result<Self> {
                 #(#parse)*
                 #(#parse_variants)*
                 ::core::result::Result::Ok(#build)
             }
             #[allow(unused_variables)]
-            fn write_members(&self, map: &mut ::qapi::Map<::std::string::String, ::qapi::Value>) {
+            fn write_members(&self, __map: &mut ::qapi::Map<::std::string::String, ::qapi::Value>) {
                 #(#write)*
                 #(#write_variants)*
             }

@@ -46,7 +46,7 @@ pub fn expand_variants(input: &DeriveInput, container: &Container, data: &DataEn
     let refuse_others = container.tag_type.as_ref().map(|_| {
         quote! {
             #[allow(unreachable_patterns)]
-            other => ::core::result::Result::Err(members.no_variant(other.as_str())),
+            other => ::core::result::Result::Err(__members.no_variant(other.as_str())),
         }
     });
 
@@ -61,9 +61,9 @@ pub fn expand_variants(input: &DeriveInput, container: &Container, data: &DataEn
             Some(ty) => {
                 tags.push(quote! { #ident::#v(_) => #tag::#v });
                 parse.push(quote! {
-                    #tag::#v => <#ty as ::qapi::Object>::parse_members(members).map(#ident::#v)
+                    #tag::#v => <#ty as ::qapi::Object>::parse_members(__members).map(#ident::#v)
                 });
-                write.push(quote! { #ident::#v(data) => ::qapi::Object::write_members(data, map) });
+                write.push(quote! { #ident::#v(data) => ::qapi::Object::write_members(data, __map) });
                 quote! { ::core::option::Option::Some(<#ty as ::qapi::Qapi>::def) }
             }
             None => {
@@ -89,11 +89,11 @@ pub fn expand_variants(input: &DeriveInput, container: &Container, data: &DataEn
                 CASES
             }
             #[allow(unused_variables)]
-            fn parse_variant(tag: #tag, members: &mut ::qapi::input::Members<'_>) -> ::qapi::Result<Self> {
+            fn parse_variant(tag: #tag, __members: &mut ::qapi::input::Members<'_>) -> ::qapi::Result<Self> {
                 match tag { #(#parse,)* #refuse_others }
             }
             #[allow(unused_variables)]
-            fn write_variant(&self, map: &mut ::qapi::Map<::std::string::String, ::qapi::Value>) {
+            fn write_variant(&self, __map: &mut ::qapi::Map<::std::string::String, ::qapi::Value>) {
                 match self { #(#write,)* }
             }
         }

@@ -1,0 +1,218 @@
+//! Block nodes: how they are made and removed.
+//!
+//! A driver is one struct with its options, and one variant of [`BlockdevDriverOptions`].
+
+use crate::Qapi;
+
+/// What becomes of discard requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum BlockdevDiscardOptions {
+    /// They do nothing.
+    Ignore,
+    /// They free space.
+    Unmap,
+}
+
+/// What becomes of writes that consist of zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum BlockdevDetectZeroesOptions {
+    /// They are written.
+    Off,
+    /// They become zero writes, where that is faster.
+    On,
+    /// They become zero writes that may free space; needs `discard` to be `unmap`.
+    Unmap,
+}
+
+/// How blocking requests reach a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum BlockdevAioOptions {
+    /// A pool of threads makes ordinary system calls.
+    Threads,
+    /// Linux AIO; needs `cache.direct`.
+    Native,
+    /// io_uring.
+    #[qapi(rename = "io_uring", since = "5.0")]
+    IoUring,
+}
+
+/// A switch that can be left to the daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum OnOffAuto {
+    /// What is possible.
+    Auto,
+    /// On, and an error if that is not possible.
+    On,
+    /// Off.
+    Off,
+}
+
+/// How much of the host's cache is used.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+pub struct BlockdevCacheOptions {
+    /// Go past the page cache (`O_DIRECT`). Inherited from the node above when left out; false at the root.
+    pub direct: Option<bool>,
+    /// Ignore flushes. Fast, and loses data when the host goes down. Inherited like `direct`.
+    pub no_flush: Option<bool>,
+}
+
+/// A node: a driver with its options, and the options that all drivers share.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(command = "blockdev-add", since = "2.9")]
+pub struct BlockdevOptions {
+    /// The driver.
+    #[qapi(variants)]
+    pub driver: BlockdevDriverOptions,
+    /// The name of the node: letters, digits, `-`, `.` and `_`, a letter first, 31 bytes at most. A node that is not made
+    /// inside another one must have it.
+    pub node_name: Option<String>,
+    /// What becomes of discard requests; `ignore` when left out, and for a node made inside another one the same as there.
+    pub discard: Option<BlockdevDiscardOptions>,
+    /// How much of the host's cache is used.
+    pub cache: Option<BlockdevCacheOptions>,
+    /// Refuse writes. False when left out, and inherited by a node made inside another one.
+    pub read_only: Option<bool>,
+    /// Become read-only instead of failing, when writing is not possible.
+    #[qapi(since = "3.1")]
+    pub auto_read_only: Option<bool>,
+    /// Do not mind other programs that write to the image; needs `read-only`.
+    #[qapi(since = "2.10")]
+    pub force_share: Option<bool>,
+    /// What becomes of writes that consist of zeroes; `off` when left out.
+    pub detect_zeroes: Option<BlockdevDetectZeroesOptions>,
+}
+
+/// The drivers.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(variants, tag_enum = "BlockdevDriver")]
+pub enum BlockdevDriverOptions {
+    /// A regular file.
+    File(BlockdevOptionsFile),
+    /// A block device or a character device of the host.
+    #[qapi(rename = "host_device")]
+    HostDevice(BlockdevOptionsFile),
+    /// Nothing, with requests that complete later.
+    NullAio(BlockdevOptionsNull),
+    /// Nothing, with requests that complete at once.
+    NullCo(BlockdevOptionsNull),
+    /// An image without format, or a part of one.
+    Raw(BlockdevOptionsRaw),
+}
+
+/// A node, by name or by definition.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(alternate, since = "2.9")]
+pub enum BlockdevRef {
+    /// A new node.
+    Definition(Box<BlockdevOptions>),
+    /// The name of a node that exists.
+    Reference(String),
+}
+
+/// A file or a device of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(feature = "dynamic-auto-read-only")]
+pub struct BlockdevOptionsFile {
+    /// The path. `/dev/fdset/N` has no meaning here.
+    pub filename: String,
+    /// Lock bytes of the file against other programs that use the same bytes; `auto` does so where the file system can.
+    #[qapi(default = OnOffAuto::Auto, since = "2.10")]
+    pub locking: OnOffAuto,
+    /// How requests reach the file; the daemon's own choice when left out.
+    #[qapi(since = "2.8")]
+    pub aio: Option<BlockdevAioOptions>,
+    /// Requests that are handed to the kernel at once at most; 0 or left out is the setting of the thread.
+    #[qapi(since = "6.2")]
+    pub aio_max_batch: Option<i64>,
+    /// Drop the page cache of the file when another host may have written to it.
+    #[qapi(default = true, since = "4.0")]
+    pub drop_cache: bool,
+}
+
+/// A device that keeps nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+pub struct BlockdevOptionsNull {
+    /// Its size in bytes; 1 GiB when left out.
+    pub size: Option<i64>,
+    /// Nanoseconds that each request takes.
+    pub latency_ns: Option<u64>,
+    /// Reads return zeroes; otherwise they leave the buffer as it was.
+    #[qapi(default)]
+    pub read_zeroes: bool,
+}
+
+/// An image without format.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+pub struct BlockdevOptionsRaw {
+    /// The node with the data.
+    pub file: BlockdevRef,
+    /// Where the image begins in it, in bytes; 0 when left out.
+    pub offset: Option<i64>,
+    /// The size of the image in bytes; up to the end when left out.
+    pub size: Option<i64>,
+}
+
+/// Removes a node that nothing uses.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "blockdev-del", since = "2.9")]
+pub struct BlockdevDel {
+    /// The name of the node.
+    pub node_name: String,
+}
+
+/// Changes the size of a node. A smaller size cuts off what stands behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "block_resize", since = "0.14")]
+pub struct BlockResize {
+    /// The name of a device. There are none in this daemon, so that naming one always fails.
+    pub device: Option<String>,
+    /// The name of the node.
+    #[qapi(since = "2.0")]
+    pub node_name: Option<String>,
+    /// The new size in bytes.
+    pub size: i64,
+}
+
+/// What was being done when a request failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum IoOperationType {
+    /// Reading.
+    Read,
+    /// Writing.
+    Write,
+}
+
+/// What was done about a request that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum BlockErrorAction {
+    /// Nothing; it counts as done.
+    Ignore,
+    /// The client got the error.
+    Report,
+    /// The client was stopped.
+    Stop,
+}
+
+/// A request failed. At most one a second and device is sent, unless the action is `stop`.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(event = "BLOCK_IO_ERROR", since = "0.13")]
+pub struct BlockIoError {
+    /// Where the device stands in the tree of objects; empty if it does not.
+    #[qapi(since = "9.2")]
+    pub qom_path: String,
+    /// The name of the device; empty if it has none.
+    pub device: String,
+    /// The name of the node.
+    #[qapi(since = "2.8")]
+    pub node_name: Option<String>,
+    /// What was being done.
+    pub operation: IoOperationType,
+    /// What was done about it.
+    pub action: BlockErrorAction,
+    /// It failed because there was no space left.
+    #[qapi(since = "2.2")]
+    pub nospace: Option<bool>,
+    /// Why it failed, for people.
+    #[qapi(since = "2.2")]
+    pub reason: String,
+}

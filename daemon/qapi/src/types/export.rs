@@ -1,0 +1,190 @@
+//! Exports, and the NBD server that some of them need.
+
+use crate::{
+    Qapi,
+    types::sockets::{SocketAddress, SocketAddressLegacy},
+};
+
+/// The NBD server as `--nbd-server` starts it.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "4.2")]
+pub struct NbdServerOptions {
+    /// Seconds that a client has to agree on an export; 0 is no limit.
+    #[qapi(default = 10, since = "10.0")]
+    pub handshake_max_seconds: u32,
+    /// Clients at a time; 0 is no limit.
+    #[qapi(default = 100, since = "5.2")]
+    pub max_connections: u32,
+    /// The address to listen on.
+    pub addr: SocketAddress,
+}
+
+/// Starts the NBD server. There is one at most.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "nbd-server-start", since = "1.3")]
+pub struct NbdServerOptionsLegacy {
+    /// Seconds that a client has to agree on an export; 0 is no limit.
+    #[qapi(default = 10, since = "10.0")]
+    pub handshake_max_seconds: u32,
+    /// Clients at a time; 0 is no limit.
+    #[qapi(default = 100, since = "5.2")]
+    pub max_connections: u32,
+    /// The address to listen on.
+    pub addr: SocketAddressLegacy,
+}
+
+impl From<NbdServerOptionsLegacy> for NbdServerOptions {
+    fn from(legacy: NbdServerOptionsLegacy) -> NbdServerOptions {
+        NbdServerOptions {
+            handshake_max_seconds: legacy.handshake_max_seconds,
+            max_connections: legacy.max_connections,
+            addr: legacy.addr.into(),
+        }
+    }
+}
+
+/// What all NBD exports have.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "5.0")]
+pub struct BlockExportOptionsNbdBase {
+    /// The name that clients ask for; the name of the node when left out. 4096 bytes at most.
+    pub name: Option<String>,
+    /// A text for people, 4096 bytes at most.
+    #[qapi(since = "5.0")]
+    pub description: Option<String>,
+}
+
+/// An NBD export.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "5.2")]
+pub struct BlockExportOptionsNbd {
+    /// What all NBD exports have.
+    #[qapi(flatten)]
+    pub base: BlockExportOptionsNbdBase,
+    /// Offer the metadata context `qemu:allocation-depth`.
+    #[qapi(default)]
+    pub allocation_depth: bool,
+}
+
+/// Exports a node over NBD; `block-export-add` does the same and more.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "nbd-server-add", since = "1.3", deprecated)]
+pub struct NbdServerAddOptions {
+    /// What all NBD exports have.
+    #[qapi(flatten)]
+    pub base: BlockExportOptionsNbdBase,
+    /// The node.
+    pub device: String,
+    /// Clients may write. A node that is read-only is exported read-only all the same.
+    #[qapi(default)]
+    pub writable: bool,
+}
+
+/// How an export is removed that has clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum BlockExportRemoveMode {
+    /// Not at all: that is an error.
+    Safe,
+    /// They are disconnected.
+    Hard,
+}
+
+/// Removes an NBD export; `block-export-del` does the same.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "nbd-server-remove", since = "2.12", deprecated)]
+pub struct NbdServerRemove {
+    /// The name that clients ask for.
+    pub name: String,
+    /// What becomes of clients.
+    #[qapi(default = BlockExportRemoveMode::Safe)]
+    pub mode: BlockExportRemoveMode,
+}
+
+/// Stops the NBD server. Its exports are removed, their clients disconnected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Qapi)]
+#[qapi(command = "nbd-server-stop", since = "1.3")]
+pub struct NbdServerStop;
+
+/// The threads that run an export.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(alternate, since = "11.0")]
+pub enum BlockExportIothreads {
+    /// One.
+    Single(String),
+    /// All of these, one at least. Cannot be used with `fixed-iothread`.
+    Multi(Vec<String>),
+}
+
+/// Exports a node.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(command = "block-export-add", since = "5.2")]
+pub struct BlockExportOptions {
+    /// The sort of export.
+    #[qapi(variants, tag = "type")]
+    pub export: BlockExportVariant,
+    /// The name of the export.
+    pub id: String,
+    /// The export stays on its thread, and fails if it cannot; otherwise it may move.
+    #[qapi(default)]
+    pub fixed_iothread: bool,
+    /// The thread that runs the export, or several; where the node runs when left out.
+    pub iothread: Option<BlockExportIothreads>,
+    /// The node.
+    pub node_name: String,
+    /// Clients may write.
+    #[qapi(default)]
+    pub writable: bool,
+    /// A write is done only when it is on stable storage.
+    #[qapi(default)]
+    pub writethrough: bool,
+    /// A node that is not active stays so, with errors for clients; otherwise it is activated.
+    #[qapi(default, since = "10.0")]
+    pub allow_inactive: bool,
+}
+
+/// The sorts of exports.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(variants, tag_enum = "BlockExportType")]
+pub enum BlockExportVariant {
+    /// NBD.
+    Nbd(BlockExportOptionsNbd),
+}
+
+/// Removes an export. It is gone when the event `BLOCK_EXPORT_DELETED` says so.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "block-export-del", since = "5.2")]
+pub struct BlockExportDel {
+    /// The name of the export.
+    pub id: String,
+    /// What becomes of clients.
+    #[qapi(default = BlockExportRemoveMode::Safe)]
+    pub mode: BlockExportRemoveMode,
+}
+
+/// An export is gone, whoever removed it.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(event = "BLOCK_EXPORT_DELETED", since = "5.2")]
+pub struct BlockExportDeleted {
+    /// The name of the export.
+    pub id: String,
+}
+
+/// An export.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "5.2")]
+pub struct BlockExportInfo {
+    /// Its name.
+    pub id: String,
+    /// Its sort.
+    #[qapi(rename = "type")]
+    pub ty: BlockExportType,
+    /// The name of its node.
+    pub node_name: String,
+    /// It is being removed.
+    pub shutting_down: bool,
+}
+
+/// Lists the exports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Qapi)]
+#[qapi(command = "query-block-exports", returns = "Vec<BlockExportInfo>", since = "5.2")]
+pub struct QueryBlockExports;

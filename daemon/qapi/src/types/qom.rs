@@ -1,0 +1,125 @@
+//! Objects that the user makes, and the tree they stand in.
+
+use crate::{Qapi, Value};
+
+/// A thread that runs requests of exports.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "2.0")]
+pub struct IothreadProperties {
+    /// Requests that are handed to the kernel at once at most; 0 lets the daemon decide.
+    #[qapi(since = "6.1")]
+    pub aio_max_batch: Option<i64>,
+    /// Threads that are kept ready for blocking operations.
+    #[qapi(since = "7.1")]
+    pub thread_pool_min: Option<i64>,
+    /// Threads for blocking operations at most.
+    #[qapi(since = "7.1")]
+    pub thread_pool_max: Option<i64>,
+    /// Nanoseconds to look for events without sleeping, at most; 0 sleeps at once.
+    pub poll_max_ns: Option<i64>,
+    /// The factor by which that time grows when it would have been worth it; 0 lets the daemon decide.
+    pub poll_grow: Option<i64>,
+    /// The divisor by which that time shrinks when it was not; 0 lets the daemon decide.
+    pub poll_shrink: Option<i64>,
+}
+
+/// An object to make.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "object-add", since = "2.0")]
+pub struct ObjectOptions {
+    /// The type of the object.
+    #[qapi(variants, tag = "qom-type")]
+    pub object: ObjectVariant,
+    /// Its name.
+    pub id: String,
+}
+
+/// The types of objects that a user can make.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(variants, tag_enum = "ObjectType")]
+pub enum ObjectVariant {
+    /// A thread that runs requests of exports.
+    Iothread(IothreadProperties),
+}
+
+/// Deletes an object that nothing uses.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "object-del", since = "2.0")]
+pub struct ObjectDel {
+    /// Its name.
+    pub id: String,
+}
+
+/// A property of an object.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "1.2")]
+pub struct ObjectPropertyInfo {
+    /// Its name.
+    pub name: String,
+    /// Its type: `bool`, `int`, `string`, ..., or `child<TYPE>` for an object below this one.
+    #[qapi(rename = "type")]
+    pub ty: String,
+}
+
+/// Lists the properties of an object, the objects below it among them.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "qom-list", returns = "Vec<ObjectPropertyInfo>", since = "1.2")]
+pub struct QomList {
+    /// Where the object stands, for instance `/objects`. Without a slash in front: the one object whose path ends so.
+    pub path: String,
+}
+
+/// Reads a property of an object.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "qom-get", returns = "Value", since = "1.2")]
+pub struct QomGet {
+    /// Where the object stands.
+    pub path: String,
+    /// The name of the property.
+    pub property: String,
+}
+
+/// Changes a property of an object.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(command = "qom-set", since = "1.2")]
+pub struct QomSet {
+    /// Where the object stands.
+    pub path: String,
+    /// The name of the property.
+    pub property: String,
+    /// Its new value.
+    pub value: Value,
+}
+
+/// A type of objects.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "1.1")]
+pub struct ObjectTypeInfo {
+    /// Its name.
+    pub name: String,
+    /// There are no objects of this type itself, only of types below it. Left out where it is false.
+    #[qapi(rename = "abstract", since = "2.10")]
+    pub is_abstract: Option<bool>,
+    /// The type above it.
+    #[qapi(since = "2.10")]
+    pub parent: Option<String>,
+}
+
+/// Lists the types of objects.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "qom-list-types", returns = "Vec<ObjectTypeInfo>", since = "1.1")]
+pub struct QomListTypes {
+    /// Only types that are this one or below it.
+    pub implements: Option<String>,
+    /// Abstract types as well.
+    #[qapi(rename = "abstract", default)]
+    pub include_abstract: bool,
+}
+
+/// Lists the properties that objects of a type have.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "qom-list-properties", returns = "Vec<ObjectPropertyInfo>", since = "2.12")]
+pub struct QomListProperties {
+    /// The name of the type.
+    pub typename: String,
+}
