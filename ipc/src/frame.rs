@@ -218,11 +218,11 @@ mod tests {
         fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = decode::<Hello>(&bytes);
             let _ = decode::<Response>(&bytes);
-            if let Ok(request) = decode::<Request>(&bytes) {
-                if let Some((cdb, list)) = request.command.encode() {
-                    prop_assert_eq!(cdb.action(), Some(request.command.action()));
-                    prop_assert!(!cdb.is_out() || usize::try_from(cdb.data_length()).unwrap() == list.len());
-                }
+            if let Ok(request) = decode::<Request>(&bytes)
+                && let Some((cdb, list)) = request.command.encode()
+            {
+                prop_assert_eq!(cdb.action(), Some(request.command.action()));
+                prop_assert!(!cdb.is_out() || usize::try_from(cdb.data_length()).unwrap() == list.len());
             }
         }
     }
