@@ -58,7 +58,8 @@ pub enum Support {
 pub struct Facts {
     /// Offsets and lengths are multiples of this many bytes. A power of two, from 1 to 1 MiB.
     pub request_align: u32,
-    /// Buffers start and end on multiples of this many bytes in memory. A power of two, up to 4096.
+    /// Each segment of a buffer starts at a multiple of this many bytes in memory, and its length is a multiple of it or of
+    /// `request_align`, whichever is smaller. A power of two, up to 4096.
     pub mem_align: u32,
     /// The longest read or write in bytes; a multiple of `request_align`.
     pub max_transfer: u32,

@@ -3,7 +3,7 @@
 //! The child is read on every request and replaced only by the control task, while no request is in flight above the
 //! edge. Requests take a counted snapshot of it, without a lock. Permissions are the control task's alone.
 
-use crate::driver::{Mapping, Span, WriteFlags, ZeroFlags};
+use crate::driver::{Mapping, Prealloc, Span, WriteFlags, ZeroFlags};
 use crate::node::Node;
 use crate::perm::Perms;
 use crate::{Facts, IoResult};
@@ -129,6 +129,14 @@ impl Edge {
     /// The errno of the node.
     pub async fn flush(&self) -> IoResult {
         self.node().flush().await
+    }
+
+    /// [`Node::truncate`] on the child, for a driver whose own truncation it is.
+    ///
+    /// # Errors
+    /// Those of the node.
+    pub async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> qapi::Result<()> {
+        self.node().truncate(size, exact, prealloc).await
     }
 
     /// [`Node::map`] on the child.

@@ -24,16 +24,19 @@ pub mod disk;
 pub mod driver;
 pub mod edge;
 pub mod gate;
-// pub mod graph;
+pub mod graph;
 pub mod node;
 mod overlap;
 pub mod perm;
 pub mod stats;
 pub mod status;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use disk::Disk;
 pub use driver::{Driver, DynDriver, Facts, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
 pub use edge::{Edge, Role};
+pub use graph::{Graph, OpenContext, Opener};
 
 pub use nix::errno::Errno;
 pub use node::{Node, NodeOptions};

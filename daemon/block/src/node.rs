@@ -7,12 +7,13 @@
 
 mod request;
 
-use crate::driver::{DynDriver, Facts};
+use crate::driver::{DynDriver, Facts, Prealloc};
 use crate::edge::Edge;
 use crate::overlap::Overlap;
 use crate::perm::{Bits, Perms};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
+use qapi::{Error, Result};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -53,6 +54,8 @@ pub struct NodeOptions {
 pub(crate) struct Links {
     pub parents: Vec<Weak<Edge>>,
     pub children: Vec<Arc<Edge>>,
+    /// Those of all parents together, as the driver has been told.
+    pub perms: Perms,
 }
 
 /// A driver in the graph.
@@ -83,6 +86,9 @@ impl fmt::Debug for Node {
     }
 }
 
+/// The greatest length in bytes: the largest offset of a file, in whole gibibytes below the sign.
+pub const MAX_LENGTH: u64 = (1 << 63) - (1 << 30);
+
 /// Lengths are shown in whole sectors, as every user of the format knows them.
 pub(crate) fn whole_sectors(len: u64) -> u64 {
     len.checked_next_multiple_of(512).unwrap_or(u64::MAX - 511)
@@ -110,7 +116,7 @@ impl Node {
             corrupt: AtomicBool::new(false),
             overlap: Overlap::default(),
             stats: Stats::default(),
-            links: Mutex::new(Links { parents: Vec::new(), children }),
+            links: Mutex::new(Links { parents: Vec::new(), children, perms: Perms::default() }),
         }
     }
 
@@ -164,17 +170,18 @@ impl Node {
         self.links().parents.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// What all users together need and share.
+    /// What all users together need and share, as the driver has been told.
     pub fn user_perms(&self) -> Perms {
-        self.parents().iter().fold(Perms::default(), |all, edge| all.with(edge.perms()))
+        self.links().perms
     }
 
     pub(crate) fn links(&self) -> MutexGuard<'_, Links> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn set_needed(&self, need: Bits) {
-        self.needed.store(need.bits(), Ordering::Release);
+    pub(crate) fn set_user_perms(&self, perms: Perms) {
+        self.links().perms = perms;
+        self.needed.store(perms.need.bits(), Ordering::Release);
     }
 
     pub(crate) fn needed(&self) -> Bits {
@@ -191,7 +198,25 @@ impl Node {
         self.facts.store(Arc::new(self.driver.facts()));
     }
 
-    pub(crate) fn set_options(&self, options: NodeOptions) {
-        self.options.store(Arc::new(options));
+    /// Sets the length, in bytes. The graph has drained all users and tells them afterwards.
+    ///
+    /// # Errors
+    /// The node is read-only, `size` is out of range, or the driver's error.
+    pub async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
+        if self.options.load().read_only {
+            return Err(Error::generic("Image is read-only"));
+        }
+        if size > MAX_LENGTH {
+            return Err(Error::generic(format!(
+                "Required too big image size, it must be not greater than {MAX_LENGTH}"
+            )));
+        }
+        let result = self.driver.truncate(size, exact, prealloc).await;
+        // Also after a failure: it may have come half-way.
+        if let Ok(length) = self.driver.length().await {
+            self.set_length(length);
+        }
+        self.written.fetch_add(1, Ordering::AcqRel);
+        result
     }
 }

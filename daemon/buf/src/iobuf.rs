@@ -86,7 +86,7 @@ impl fmt::Debug for IoBuf {
 }
 
 impl IoBuf {
-    /// `len` bytes of pooled memory, aligned to a page from a page upwards and to 512 bytes below.
+    /// `len` bytes of pooled memory, aligned to [`MAX_ALIGN`](crate::MAX_ALIGN).
     ///
     /// The bytes are whatever the last user left there: fill all of them before a peer can see any.
     pub fn alloc(len: usize) -> Self {
@@ -140,10 +140,11 @@ impl IoBuf {
         }
     }
 
-    /// Whether each segment starts and ends on a multiple of `align` bytes (a power of two), as O_DIRECT asks.
-    pub fn is_aligned(&self, align: usize) -> bool {
-        let mask = align.wrapping_sub(1);
-        self.segments().all(|s| (s.ptr.as_ptr().addr() | s.len) & mask == 0)
+    /// Whether each segment starts at a multiple of `addr` bytes in memory and is a multiple of `len` bytes long, as O_DIRECT
+    /// asks. Both are powers of two.
+    pub fn is_aligned(&self, addr: usize, len: usize) -> bool {
+        let (addr, len) = (addr.wrapping_sub(1), len.wrapping_sub(1));
+        self.segments().all(|s| s.ptr.as_ptr().addr() & addr == 0 && s.len & len == 0)
     }
 
     /// The bytes from `at`, at most `len` of them, as a buffer of their own.
@@ -327,7 +328,7 @@ mod tests {
     #[test]
     fn pooled_memory_is_aligned_and_comes_back() {
         let buf = IoBuf::alloc(4096);
-        assert!(buf.is_aligned(4096));
+        assert!(buf.is_aligned(4096, 4096));
         let at = buf.segments().next().map(|s| s.ptr);
         let part = buf.slice(512, 1024);
         drop(buf);

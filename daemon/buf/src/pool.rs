@@ -1,6 +1,6 @@
 //! Aligned heap memory, recycled per thread.
 //!
-//! Each thread keeps a few free buffers of each size class: the classes are powers of two from 512 bytes to 1 MiB, larger
+//! Each thread keeps a few free buffers of each size class: the classes are powers of two from a page to 1 MiB, larger
 //! buffers come from and return to the allocator. A buffer that is freed on another thread stays there; as both ends of a
 //! request are on one IOThread (law 4) the lists do not drift. Recycled memory keeps its old bytes: whoever allocates
 //! for a peer fills all of it before it is shown to that peer.
@@ -10,10 +10,10 @@ use std::cell::RefCell;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// The alignment of each buffer of a page or more, in bytes: enough for O_DIRECT on any device in use.
+/// The alignment of each buffer, in bytes: enough for O_DIRECT on any device in use.
 pub const MAX_ALIGN: usize = 4096;
 
-const MIN_CLASS: usize = 512;
+const MIN_CLASS: usize = MAX_ALIGN;
 const MAX_CLASS: usize = 1 << 20;
 const CLASSES: usize = MAX_CLASS.ilog2() as usize - MIN_CLASS.ilog2() as usize + 1;
 /// What one class of one thread may keep, in bytes: 1024 buffers of 4 KiB, four of 1 MiB.
@@ -36,8 +36,7 @@ impl PoolBuf {
     }
 
     fn new(len: usize) -> Self {
-        let align = if len >= MAX_ALIGN { MAX_ALIGN } else { MIN_CLASS };
-        let Ok(layout) = Layout::from_size_align(len, align) else {
+        let Ok(layout) = Layout::from_size_align(len, MAX_ALIGN) else {
             handle_alloc_error(Layout::new::<u8>());
         };
         // SAFETY: `len` is at least MIN_CLASS, so the layout is not of size zero.

@@ -37,7 +37,8 @@ fn fits(facts: &Facts, at: u64, buf: &IoBuf) -> bool {
     let len = len_of(buf);
     len <= u64::from(facts.max_transfer)
         && is_aligned(Span::new(at, len), facts.request_align)
-        && (facts.mem_align <= 1 || buf.is_aligned(to_usize(u64::from(facts.mem_align))))
+        && (facts.mem_align <= 1
+            || buf.is_aligned(facts.mem_align as usize, facts.mem_align.min(facts.request_align) as usize))
 }
 
 /// The longest piece that is cut from an unfitting transfer: bounded, and whole alignment units.

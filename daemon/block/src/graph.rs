@@ -1,0 +1,269 @@
+//! [`Graph`]: all nodes, and the only place that changes how they hang together.
+//!
+//! Owned by the control task. Every change has the same three steps: *plan* what would be (new nodes are opened aside,
+//! permissions are computed on paper), *prepare* what can fail (locks, descriptors; undone if a later one fails), *commit*,
+//! which cannot fail. Where edges or lengths change under requests, the gates of all disks above are closed in between.
+
+mod open;
+mod permissions;
+
+pub use open::{OpenContext, Opener};
+
+use crate::disk::{self, Disk, DiskOptions};
+use crate::driver::Prealloc;
+use crate::edge::{Edge, Parent};
+use crate::node::Node;
+use crate::perm::{Bits, Perms};
+use qapi::{Error, Result};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Weak};
+
+struct Entry {
+    node: Arc<Node>,
+    /// Added by a command of its own, as opposed to as the child of another.
+    owned: bool,
+}
+
+/// The block graph.
+pub struct Graph {
+    opener: Arc<dyn Opener>,
+    /// In the order of their making.
+    nodes: BTreeMap<u64, Entry>,
+    names: HashMap<String, u64>,
+    next: u64,
+    next_auto_name: u64,
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.nodes()).finish()
+    }
+}
+
+/// While this lives, no request is inside the disks that it was taken for.
+#[derive(Debug)]
+pub struct Drained {
+    disks: Vec<Arc<disk::Inner>>,
+}
+
+impl Drop for Drained {
+    fn drop(&mut self) {
+        self.disks.iter().for_each(|disk| disk.gate.open());
+    }
+}
+
+impl Graph {
+    /// An empty graph whose drivers come from `opener`.
+    pub fn new(opener: Arc<dyn Opener>) -> Self {
+        Self { opener, nodes: BTreeMap::new(), names: HashMap::new(), next: 0, next_auto_name: 0 }
+    }
+
+    /// All nodes, oldest first.
+    pub fn nodes(&self) -> impl DoubleEndedIterator<Item = &Arc<Node>> {
+        self.nodes.values().map(|entry| &entry.node)
+    }
+
+    /// The node of that name.
+    pub fn get(&self, name: &str) -> Option<&Arc<Node>> {
+        self.names.get(name).and_then(|id| self.nodes.get(id)).map(|entry| &entry.node)
+    }
+
+    /// The node of that name, with the message of the commands that take a device or a node.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn find(&self, device: Option<&str>, name: Option<&str>) -> Result<Arc<Node>> {
+        let found = name.or(device).and_then(|name| self.get(name)).cloned();
+        found.ok_or_else(|| {
+            let (device, name) = (device.unwrap_or_default(), name.unwrap_or_default());
+            Error::generic(format!("Cannot find device='{device}' nor node-name='{name}'"))
+        })
+    }
+
+    fn insert(&mut self, node: Arc<Node>, owned: bool) {
+        self.names.insert(node.name().to_owned(), self.next);
+        self.nodes.insert(self.next, Entry { node, owned });
+        self.next += 1;
+    }
+
+    /// Deletes a node that was added by name and is not used, and the children that only it used.
+    ///
+    /// # Errors
+    /// No such node; in use; not added by name. Nothing has changed then.
+    pub async fn delete(&mut self, name: &str) -> Result<()> {
+        let entry = self.names.get(name).and_then(|id| self.nodes.get(id));
+        let Some(Entry { node, owned }) = entry else {
+            return Err(Error::generic(format!("Failed to find node with node-name='{name}'")));
+        };
+        let parents = node.parents();
+        if parents.iter().any(|edge| matches!(edge.parent, Parent::Disk(_))) {
+            return Err(Error::generic(format!("Node {name} is in use")));
+        }
+        if !owned {
+            return Err(Error::generic(format!("Node {name} is not owned by the monitor")));
+        }
+        if !parents.is_empty() {
+            return Err(Error::generic(format!("Block device {name} is in use")));
+        }
+        let node = Arc::clone(node);
+        self.remove(node).await;
+        Ok(())
+    }
+
+    /// Takes an unused node out and closes it, then its children that nobody else uses.
+    async fn remove(&mut self, first: Arc<Node>) {
+        let mut doomed = vec![first];
+        while let Some(node) = doomed.pop() {
+            if let Some(id) = self.names.remove(node.name()) {
+                self.nodes.remove(&id);
+            }
+            // A failed flush cannot undo the deletion; the driver keeps the error for whoever flushes the same file next.
+            let _ = node.flush().await;
+            node.driver().close().await;
+            for child in unlink_children(&node) {
+                let owned = self.names.get(child.name()).and_then(|id| self.nodes.get(id)).is_some_and(|e| e.owned);
+                if !owned && child.parents().is_empty() {
+                    doomed.push(child);
+                } else {
+                    permissions::loosen(&child).await;
+                }
+            }
+        }
+    }
+
+    /// Closes all nodes, users first. For the end of the process, when no disk is left.
+    pub async fn close_all(&mut self) {
+        loop {
+            let unused = self.nodes().rev().find(|node| node.parents().is_empty()).cloned();
+            match unused {
+                Some(node) => self.remove(node).await,
+                None => return,
+            }
+        }
+    }
+
+    /// Makes a user of `node`.
+    ///
+    /// # Errors
+    /// Its permissions conflict with those of others, or a driver cannot get what they need. Nothing has changed then.
+    pub async fn attach(&mut self, node: &Arc<Node>, options: &DiskOptions) -> Result<Disk> {
+        let disk = Disk::new(Arc::clone(node), options);
+        link(&disk.inner.edge);
+        let plan = permissions::plan(std::slice::from_ref(node), &[(Arc::clone(&disk.inner.edge), options.perms)]);
+        let done = match plan {
+            Ok(plan) => plan.carry_out().await,
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => Ok(disk),
+            Err(error) => {
+                unlink(&disk.inner.edge);
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends the use. Requests that are inside are waited for.
+    pub async fn detach(&mut self, disk: Disk) {
+        disk.inner.gate.close();
+        disk.inner.gate.empty().await;
+        let node = disk.node();
+        unlink(&disk.inner.edge);
+        permissions::loosen(&node).await;
+    }
+
+    /// Waits until no request is inside any disk above `node`, and keeps new ones out while the result lives.
+    pub async fn drain(&self, node: &Arc<Node>) -> Drained {
+        let disks = disks_above(node);
+        for disk in &disks {
+            disk.gate.close();
+        }
+        let drained = Drained { disks };
+        for disk in &drained.disks {
+            disk.gate.empty().await;
+        }
+        drained
+    }
+
+    /// Sets the length of a node, in bytes; its users learn of it.
+    ///
+    /// # Errors
+    /// Somebody needs the length to stay; the driver cannot. The length has not changed then.
+    pub async fn resize(&mut self, node: &Arc<Node>, size: u64) -> Result<()> {
+        let perms = Perms { need: Bits::RESIZE, shared: Bits::ALL };
+        let label = "an unnamed block device".to_owned();
+        let disk = self.attach(node, &DiskOptions { label, perms, writethrough: false }).await?;
+        let drained = self.drain(node).await;
+        let result = node.truncate(size, false, Prealloc::Off).await;
+        // Also after a failure: it may have come half-way.
+        refresh_above(node).await;
+        drop(drained);
+        self.detach(disk).await;
+        result
+    }
+}
+
+/// The parent's end is set, the child now knows the edge.
+fn link(edge: &Arc<Edge>) {
+    edge.node().links().parents.push(Arc::downgrade(edge));
+}
+
+fn unlink(edge: &Arc<Edge>) {
+    let node = edge.node();
+    node.links().parents.retain(|parent| parent.upgrade().is_some_and(|other| !Arc::ptr_eq(&other, edge)));
+}
+
+/// Takes the children off a node that is going; returns them.
+fn unlink_children(node: &Arc<Node>) -> Vec<Arc<Node>> {
+    let edges = std::mem::take(&mut node.links().children);
+    edges
+        .iter()
+        .map(|edge| {
+            unlink(edge);
+            edge.node()
+        })
+        .collect()
+}
+
+fn disks_above(node: &Arc<Node>) -> Vec<Arc<disk::Inner>> {
+    let mut disks: Vec<Arc<disk::Inner>> = Vec::new();
+    let mut seen: Vec<Arc<Node>> = Vec::new();
+    let mut todo = vec![Arc::clone(node)];
+    while let Some(node) = todo.pop() {
+        if seen.iter().any(|other| Arc::ptr_eq(other, &node)) {
+            continue;
+        }
+        for edge in node.parents() {
+            match &edge.parent {
+                Parent::Disk(disk) => disks.extend(disk.upgrade()),
+                Parent::Node(parent) => todo.extend(parent.get().and_then(Weak::upgrade)),
+            }
+        }
+        seen.push(node);
+    }
+    disks
+}
+
+/// Tells everybody above `node` about its length.
+async fn refresh_above(node: &Arc<Node>) {
+    let mut todo = vec![Arc::clone(node)];
+    while let Some(node) = todo.pop() {
+        for edge in node.parents() {
+            match &edge.parent {
+                Parent::Disk(disk) => {
+                    if let Some(disk) = disk.upgrade() {
+                        disk.resized(node.size());
+                    }
+                }
+                Parent::Node(parent) => {
+                    if let Some(parent) = parent.get().and_then(Weak::upgrade)
+                        && let Ok(length) = parent.driver().length().await
+                    {
+                        parent.set_length(length);
+                        todo.push(parent);
+                    }
+                }
+            }
+        }
+    }
+}
