@@ -1,1 +1,32 @@
-//! IOThreads, file engines, image locks.
+//! IOThreads, file engines, image locks, sockets for the hot path.
+//!
+//! - [`IoThread`]: an OS thread with one event loop, one io_uring and a bounded pool for calls that block.
+//! - [`File`]: reads and writes of whole buffers at offsets, on the ring of the calling thread or on its pool.
+//! - [`ImageLock`]: the lock bytes that keep two programs from writing to one image.
+//! - [`Stream`], [`Listener`]: sockets that receive into and send from [`buf::IoBuf`]s.
+//!
+//! An operation owns its memory and its descriptor until the kernel is done with them, whatever happens to the future that
+//! waits for it. All public functions are safe. What this crate must not do: know block nodes, formats or protocols.
+#![expect(unsafe_code, reason = "system calls and the ring take raw pointers")]
+
+mod blkdev;
+mod direct;
+mod extent;
+mod fd;
+mod file;
+mod lock;
+mod pool;
+mod ring;
+mod send_queue;
+mod stream;
+mod thread;
+
+pub use blkdev::{BlockDevice, QueueLimits};
+pub use direct::DirectAlign;
+pub use extent::{AllocMode, Extent};
+pub use file::{Access, Engine, File, FileKind, FileStat, OpenHow};
+pub use lock::{ImageLock, LockError, LockMode, LockSet, Locking};
+pub use pool::blocking;
+pub use send_queue::SendQueue;
+pub use stream::{Listener, Stream};
+pub use thread::{IoThread, Params, RingUse, Stopped, run_main};

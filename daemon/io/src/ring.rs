@@ -1,0 +1,483 @@
+//! The io_uring of one thread.
+//!
+//! Operations are pushed into the submission queue and submitted together: when the thread is about to sleep (`turn`,
+//! called from the runtime's park hook), when the queue is full, and at the latest when the ring's own task gets its turn,
+//! so that a thread that never sleeps submits as well. Completions are reaped right after a submission and whenever the
+//! ring's descriptor becomes readable. State is owned by the thread; nothing here is shared.
+//!
+//! Why no wake-up is lost: each completion that is posted makes the descriptor readable once more (edge-triggered); the
+//! ring's task clears the readiness *before* it looks at the queue, so what is posted later raises it again. With
+//! COOP_TASKRUN the kernel posts completions when the thread enters the kernel for any reason; an `epoll_wait` that has such
+//! work pending returns instead of sleeping, and then the hook looks at the queue again before the next sleep.
+//!
+//! Law 1: the slab owns buffer, descriptor and iovecs of each operation until its completion was reaped. An operation whose
+//! future was dropped stays in the slab and its result is discarded.
+
+use crate::fd::Fd;
+use buf::IoBuf;
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use nix::errno::Errno;
+use std::cell::{RefCell, RefMut};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use tokio::io::unix::AsyncFd;
+
+/// Entries of the submission queue; more operations than that can be in flight.
+const ENTRIES: u32 = 256;
+/// The most bytes that Linux moves in one call (MAX_RW_COUNT).
+const MAX_TRANSFER: usize = 0x7fff_f000;
+/// IORING_ENTER_GETEVENTS: run deferred work and flush the kernel's backlog of completions.
+const GETEVENTS: u32 = 1;
+
+/// What an operation keeps alive until the kernel is done with it.
+#[derive(Default)]
+struct Hold {
+    fd: Option<Arc<Fd>>,
+    buf: Option<IoBuf>,
+    iov: Vec<libc::iovec>,
+}
+
+enum Slot {
+    Free,
+    /// Submitted or about to be; somebody may wait for it.
+    Running(Hold, Option<Waker>),
+    /// Submitted or about to be; nobody will ask for the result.
+    Abandoned(Hold),
+    Done(i32),
+}
+
+/// The thread's ring.
+pub(crate) struct Ring {
+    inner: RefCell<Inner>,
+}
+
+struct Inner {
+    uring: IoUring,
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// Pushed and not taken by the kernel yet, in order.
+    unsubmitted: VecDeque<usize>,
+    /// Taken by the kernel and not completed yet.
+    in_flight: usize,
+    /// The ring's own task, woken by the first push after a submission.
+    task: Option<Waker>,
+    /// The kernel refuses submissions for good; new operations go elsewhere.
+    dead: bool,
+    /// Scratch for completions, so that wakers and destructors run outside the borrow.
+    ended: Vec<(Option<Waker>, Hold)>,
+}
+
+/// The bytes and the direction of a transfer.
+pub(crate) enum Request {
+    /// Fills the buffer from the offset.
+    Read(IoBuf, u64),
+    /// Writes the buffer at the offset, durably if asked.
+    Write(IoBuf, u64, WriteThrough),
+    /// fdatasync or fsync.
+    Sync(SyncKind),
+    /// fallocate(2) with mode, offset and length.
+    Allocate(i32, u64, u64),
+}
+
+/// Whether a write completes when it is durable (RWF_DSYNC).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteThrough {
+    No,
+    Yes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SyncKind {
+    Data,
+    All,
+}
+
+impl Ring {
+    /// Sets up a ring for the calling thread, with the best flags that the kernel knows.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring, forbids it, or lacks an operation that is needed.
+    pub(crate) fn new() -> io::Result<Rc<Self>> {
+        let mut plain = IoUring::builder();
+        let mut coop = plain.clone();
+        coop.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
+        let mut best = coop.clone();
+        best.setup_single_issuer();
+        let uring =
+            best.build(ENTRIES).or_else(|_| coop.build(ENTRIES)).or_else(|_| plain.setup_clamp().build(ENTRIES))?;
+        let mut probe = Probe::new();
+        uring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Write::CODE,
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+        ];
+        if !uring.params().is_feature_nodrop() || !needed.iter().all(|op| probe.is_supported(*op)) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring lacks the operations of Linux 5.6"));
+        }
+        let inner = Inner {
+            uring,
+            slots: Vec::new(),
+            free: Vec::new(),
+            unsubmitted: VecDeque::new(),
+            in_flight: 0,
+            task: None,
+            dead: false,
+            ended: Vec::new(),
+        };
+        Ok(Rc::new(Self { inner: RefCell::new(inner) }))
+    }
+
+    /// Queues an operation. Its future holds no memory that the kernel uses: it may be dropped at any time.
+    ///
+    /// # Errors
+    /// Gives the request back if the ring cannot take it now.
+    pub(crate) fn start(self: &Rc<Self>, fd: &Arc<Fd>, request: Request) -> Result<Operation, Request> {
+        let mut inner = self.inner.borrow_mut();
+        if inner.dead {
+            return Err(request);
+        }
+        if inner.uring.submission().is_full() {
+            drop(inner);
+            self.turn();
+            inner = self.inner.borrow_mut();
+            if inner.dead || inner.uring.submission().is_full() {
+                return Err(request);
+            }
+        }
+        let (entry, mut hold) = prepare(fd.raw(), request);
+        hold.fd = Some(Arc::clone(fd));
+        let key = inner.insert(hold);
+        let entry = entry.user_data(key as u64);
+        // SAFETY: the entry points into memory that the slot keeps alive until the completion of this key is reaped: the
+        // segments of an IoBuf (fixed addresses while a clone lives) and the heap block of the iovecs. The descriptor is open
+        // as long. Slots are never freed before the completion; a ring that is dropped waits for completions first.
+        let pushed = unsafe { inner.uring.submission().push(&entry) };
+        debug_assert!(pushed.is_ok(), "room was checked");
+        inner.unsubmitted.push_back(key);
+        let wake = if inner.unsubmitted.len() == 1 { inner.task.take() } else { None };
+        drop(inner);
+        if let Some(task) = wake {
+            task.wake();
+        }
+        Ok(Operation { ring: Rc::clone(self), key, taken: false })
+    }
+
+    /// Submits what was pushed and reaps what completed. Called before the thread sleeps.
+    pub(crate) fn turn(&self) {
+        self.reap();
+        self.submit();
+        self.reap();
+    }
+
+    fn submit(&self) {
+        let mut inner = self.inner.borrow_mut();
+        while !inner.unsubmitted.is_empty() && !inner.dead {
+            match inner.uring.submit() {
+                Ok(taken) => {
+                    let taken = taken.min(inner.unsubmitted.len());
+                    inner.unsubmitted.drain(..taken);
+                    inner.in_flight += taken;
+                    if taken > 0 {
+                        continue;
+                    }
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
+                // The kernel is short of memory or has completions to hand over first: try again at the task's next turn.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN | libc::ENOMEM)) => {}
+                Err(e) => {
+                    inner.give_up(e.raw_os_error().unwrap_or(libc::EIO));
+                    break;
+                }
+            }
+            // The task runs again after everybody else had a turn, so a stuck submission costs time but is never forgotten.
+            if let Some(task) = inner.task.take() {
+                drop(inner);
+                task.wake();
+            }
+            return;
+        }
+        self.finish(inner);
+    }
+
+    fn reap(&self) {
+        let mut inner = self.inner.borrow_mut();
+        loop {
+            inner.drain_completions();
+            let flagged = {
+                let sq = inner.uring.submission();
+                sq.cq_overflow() || sq.taskrun()
+            };
+            if !flagged || inner.dead {
+                break;
+            }
+            // SAFETY: submits nothing, waits for nothing, passes no argument.
+            let entered = unsafe { inner.uring.submitter().enter::<libc::sigset_t>(0, 0, GETEVENTS, None) };
+            if entered.is_err() {
+                break;
+            }
+        }
+        self.finish(inner);
+    }
+
+    /// Reaps and submits whenever the descriptor becomes readable or something was pushed. Runs as long as the thread.
+    pub(crate) async fn serve(self: Rc<Self>) -> io::Result<()> {
+        let fd = RingFd(self.inner.borrow().uring.as_raw_fd());
+        // SAFETY: the ring owns the descriptor for as long as it lives, this future owns a reference to the ring, and `ready` is
+        // dropped before it.
+        let ready = unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }?;
+        std::future::poll_fn(|cx| {
+            self.inner.borrow_mut().task = Some(cx.waker().clone());
+            loop {
+                match ready.poll_read_ready(cx) {
+                    Poll::Ready(Ok(mut guard)) => guard.clear_ready(),
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                    Poll::Pending => break,
+                }
+            }
+            // After the readiness was cleared and the waker registered: what is posted from here on wakes this task.
+            self.turn();
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Wakes and frees what ended, outside the borrow: a waker or a destructor may come back to the ring.
+    fn finish(&self, mut inner: RefMut<'_, Inner>) {
+        if inner.ended.is_empty() {
+            return;
+        }
+        let mut ended = std::mem::take(&mut inner.ended);
+        drop(inner);
+        for (waker, hold) in ended.drain(..) {
+            drop(hold);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+        let mut inner = self.inner.borrow_mut();
+        if inner.ended.is_empty() {
+            inner.ended = ended;
+        }
+    }
+
+    /// Blocks until the kernel is done with everything it was given.
+    fn drain(&self) {
+        loop {
+            self.turn();
+            let inner = self.inner.borrow();
+            if inner.dead || (inner.in_flight == 0 && inner.unsubmitted.is_empty()) {
+                break;
+            }
+            if inner.in_flight > 0 {
+                // SAFETY: submits nothing, waits for one completion, passes no argument. An error means another round.
+                let _ = unsafe { inner.uring.submitter().enter::<libc::sigset_t>(0, 1, GETEVENTS, None) };
+            }
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.drain();
+        let inner = self.inner.get_mut();
+        for slot in inner.slots.drain(..) {
+            if let Slot::Running(hold, _) | Slot::Abandoned(hold) = slot {
+                // Only on a ring that died: the kernel may still write there, so the memory stays for good.
+                std::mem::forget(hold);
+            }
+        }
+    }
+}
+
+/// The ring's descriptor, for epoll; the ring owns it.
+struct RingFd(RawFd);
+
+impl AsRawFd for RingFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl Inner {
+    fn insert(&mut self, hold: Hold) -> usize {
+        let slot = Slot::Running(hold, None);
+        if let Some(key) = self.free.pop()
+            && let Some(place) = self.slots.get_mut(key)
+        {
+            *place = slot;
+            return key;
+        }
+        self.slots.push(slot);
+        self.slots.len() - 1
+    }
+
+    fn replace(&mut self, key: usize, new: Slot) -> Slot {
+        match self.slots.get_mut(key) {
+            Some(place) => std::mem::replace(place, new),
+            None => Slot::Free,
+        }
+    }
+
+    fn complete(&mut self, key: usize, result: i32) {
+        match self.replace(key, Slot::Done(result)) {
+            Slot::Running(hold, waker) => self.ended.push((waker, hold)),
+            Slot::Abandoned(hold) => {
+                self.replace(key, Slot::Free);
+                self.free.push(key);
+                self.ended.push((None, hold));
+            }
+            // Not a key of ours: leave the slot as it was.
+            other => {
+                self.replace(key, other);
+            }
+        }
+    }
+
+    fn drain_completions(&mut self) {
+        loop {
+            let Some(cqe) = self.uring.completion().next() else { break };
+            self.in_flight = self.in_flight.saturating_sub(1);
+            if let Ok(key) = usize::try_from(cqe.user_data()) {
+                self.complete(key, cqe.result());
+            }
+        }
+    }
+
+    /// Fails what the kernel has not taken, which it will never see: nothing is submitted again.
+    fn give_up(&mut self, errno: i32) {
+        self.dead = true;
+        for key in std::mem::take(&mut self.unsubmitted) {
+            self.complete(key, -errno);
+        }
+    }
+}
+
+/// The submission entry of a request, and what it points to.
+fn prepare(fd: RawFd, request: Request) -> (squeue::Entry, Hold) {
+    let fd = types::Fd(fd);
+    let mut hold = Hold::default();
+    let entry = match request {
+        Request::Read(buf, at) => {
+            let entry = match single(&buf) {
+                Some((ptr, len)) => opcode::Read::new(fd, ptr, len).offset(at).build(),
+                None => {
+                    hold.iov = iovecs(&buf);
+                    opcode::Readv::new(fd, hold.iov.as_ptr(), count(&hold.iov)).offset(at).build()
+                }
+            };
+            hold.buf = Some(buf);
+            entry
+        }
+        Request::Write(buf, at, through) => {
+            let flags = rw_flags(through);
+            let entry = match single(&buf) {
+                Some((ptr, len)) => opcode::Write::new(fd, ptr, len).offset(at).rw_flags(flags).build(),
+                None => {
+                    hold.iov = iovecs(&buf);
+                    opcode::Writev::new(fd, hold.iov.as_ptr(), count(&hold.iov)).offset(at).rw_flags(flags).build()
+                }
+            };
+            hold.buf = Some(buf);
+            entry
+        }
+        Request::Sync(SyncKind::Data) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        Request::Sync(SyncKind::All) => opcode::Fsync::new(fd).build(),
+        Request::Allocate(mode, at, len) => opcode::Fallocate::new(fd, len).offset(at).mode(mode).build(),
+    };
+    (entry, hold)
+}
+
+pub(crate) fn rw_flags(through: WriteThrough) -> i32 {
+    match through {
+        WriteThrough::No => 0,
+        WriteThrough::Yes => libc::RWF_DSYNC,
+    }
+}
+
+/// Address and length if the buffer is one run of bytes, cut to what one call can move.
+fn single(buf: &IoBuf) -> Option<(*mut u8, u32)> {
+    let mut segments = buf.segments();
+    let first = segments.next()?;
+    if segments.next().is_some() {
+        return None;
+    }
+    Some((first.ptr.as_ptr(), u32::try_from(first.len.min(MAX_TRANSFER)).ok()?))
+}
+
+fn count(iov: &[libc::iovec]) -> u32 {
+    u32::try_from(iov.len()).unwrap_or(0)
+}
+
+/// The segments as the kernel wants them, at most IOV_MAX of them: the caller continues after a short transfer.
+pub(crate) fn iovecs(buf: &IoBuf) -> Vec<libc::iovec> {
+    const IOV_MAX: usize = 1024;
+    buf.segments().take(IOV_MAX).map(|s| libc::iovec { iov_base: s.ptr.as_ptr().cast(), iov_len: s.len }).collect()
+}
+
+/// A started operation; resolves to the bytes moved (0 for calls that move none) or the error.
+pub(crate) struct Operation {
+    ring: Rc<Ring>,
+    key: usize,
+    taken: bool,
+}
+
+impl Future for Operation {
+    type Output = Result<usize, Errno>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let key = self.key;
+        if self.taken {
+            return Poll::Ready(Err(Errno::EIO));
+        }
+        let mut inner = self.ring.inner.borrow_mut();
+        let result = match inner.slots.get_mut(key) {
+            Some(Slot::Done(result)) => *result,
+            Some(Slot::Running(_, waker)) => {
+                if waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
+                    return Poll::Pending;
+                }
+                let old = waker.replace(cx.waker().clone());
+                drop(inner);
+                drop(old);
+                return Poll::Pending;
+            }
+            _ => return Poll::Ready(Err(Errno::EIO)),
+        };
+        inner.replace(key, Slot::Free);
+        inner.free.push(key);
+        drop(inner);
+        self.taken = true;
+        Poll::Ready(usize::try_from(result).map_err(|_| Errno::from_raw(result.wrapping_neg())))
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
+        let mut inner = self.ring.inner.borrow_mut();
+        match inner.replace(self.key, Slot::Free) {
+            // The kernel still has it: keep what it uses until the completion.
+            Slot::Running(hold, waker) => {
+                inner.replace(self.key, Slot::Abandoned(hold));
+                drop(inner);
+                drop(waker);
+            }
+            Slot::Done(_) => inner.free.push(self.key),
+            other => {
+                inner.replace(self.key, other);
+            }
+        }
+    }
+}

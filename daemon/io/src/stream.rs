@@ -1,0 +1,289 @@
+//! Stream sockets for the hot path: receive into and send from I/O buffers, many messages in one system call.
+//!
+//! A [`Stream`] belongs to the event loop of the thread that made it. To move a connection to another IOThread, turn it
+//! into its descriptor, send that and make a stream of it there. One task may receive and one may send at a time; both
+//! may be dropped at any await, what the socket took or gave until then is accounted for.
+//!
+//! After a receive or send that moved fewer bytes than it could, the socket is known to be empty or full, so the next call
+//! waits for readiness instead of asking the kernel in vain. (Readiness that arrives meanwhile is not lost: it is
+//! counted, and only what was seen before the call is cleared.)
+
+use crate::send_queue::SendQueue;
+use buf::IoBuf;
+use nix::errno::Errno;
+use nix::sys::socket::sockopt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::task::{Context, Poll, ready};
+use tokio::io::unix::AsyncFd;
+
+/// Entries of one gathered send or scattered receive.
+const BATCH: usize = 128;
+
+/// A connected stream socket: unix, TCP or vsock.
+#[derive(Debug)]
+pub struct Stream {
+    fd: AsyncFd<OwnedFd>,
+}
+
+impl Stream {
+    /// Takes a connected socket into the event loop of the calling thread, and makes it non-blocking.
+    ///
+    /// # Errors
+    /// The descriptor cannot be polled, or no event loop runs here.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        Ok(Self { fd: register(fd)? })
+    }
+
+    /// Gives the descriptor back, out of the event loop; it stays non-blocking.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd.into_inner()
+    }
+
+    /// Receives what is there, at most as much as fits, and waits if there is nothing. 0 is the end of the stream.
+    ///
+    /// # Errors
+    /// The connection is broken, or the buffer is empty.
+    pub async fn recv(&self, buf: &IoBuf) -> io::Result<usize> {
+        self.recv_scattered(&[buf]).await
+    }
+
+    /// As [`recv`](Self::recv) into several buffers in order: the rest of a payload, then the next requests.
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv).
+    pub async fn recv_scattered(&self, bufs: &[&IoBuf]) -> io::Result<usize> {
+        if bufs.iter().all(|buf| buf.is_empty()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no room to receive into"));
+        }
+        std::future::poll_fn(|cx| self.poll_recv(cx, bufs)).await
+    }
+
+    /// Receives until `buf` is full.
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv); `UnexpectedEof` if the stream ends before.
+    pub async fn recv_exact(&self, buf: &IoBuf) -> io::Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.recv(&buf.slice(done, buf.len())).await? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => done += n,
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends all that waits in `queue`. If it fails or is dropped, the queue holds what was not sent.
+    ///
+    /// # Errors
+    /// The connection is broken. No SIGPIPE is raised.
+    pub async fn send(&self, queue: &mut SendQueue) -> io::Result<()> {
+        while !queue.is_empty() {
+            std::future::poll_fn(|cx| self.poll_send(cx, queue)).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends what the socket takes now, without waiting; true if the queue is empty afterwards.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn try_send(&self, queue: &mut SendQueue) -> io::Result<bool> {
+        while !queue.is_empty() {
+            match self.send_once(queue) {
+                Ok(_) => {}
+                Err(Errno::EAGAIN) => return Ok(false),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Ends the sending direction, so that the peer sees the end of the stream after what was sent.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn shutdown_send(&self) -> io::Result<()> {
+        Ok(nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Write)?)
+    }
+
+    /// Ends both directions: whoever waits on either side wakes up.
+    ///
+    /// # Errors
+    /// The connection is broken already.
+    pub fn shutdown(&self) -> io::Result<()> {
+        Ok(nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Both)?)
+    }
+
+    /// Asks for kernel buffers of `bytes` in both directions, so that large transfers take fewer calls. A wish: the
+    /// system's limits hold for the unprivileged, and TCP grows its buffers by itself and is left alone.
+    pub fn raise_buffers(&self, bytes: usize) {
+        use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, setsockopt};
+        let family = getsockname::<SockaddrStorage>(self.fd.as_raw_fd()).ok().and_then(|name| name.family());
+        if family != Some(AddressFamily::Unix) {
+            return;
+        }
+        if setsockopt(&self.fd, sockopt::SndBufForce, &bytes).is_err() {
+            let _ = setsockopt(&self.fd, sockopt::SndBuf, &bytes);
+        }
+        if setsockopt(&self.fd, sockopt::RcvBufForce, &bytes).is_err() {
+            let _ = setsockopt(&self.fd, sockopt::RcvBuf, &bytes);
+        }
+    }
+
+    /// Sends each message at once (TCP_NODELAY). Without effect on sockets that know no delay.
+    pub fn set_nodelay(&self) {
+        let _ = nix::sys::socket::setsockopt(&self.fd, sockopt::TcpNoDelay, &true);
+    }
+
+    fn poll_recv(&self, cx: &mut Context<'_>, bufs: &[&IoBuf]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_read_ready(cx))?;
+            let mut room = 0;
+            let result = {
+                let mut segments = bufs.iter().flat_map(|buf| buf.segments());
+                let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
+                let mut count = 0;
+                for (place, segment) in iov.iter_mut().zip(&mut segments) {
+                    *place = libc::iovec { iov_base: segment.ptr.as_ptr().cast(), iov_len: segment.len };
+                    room += segment.len;
+                    count += 1;
+                }
+                // SAFETY: the first `count` entries name memory that `bufs` keep valid, and there are BATCH at most.
+                unsafe { libc::readv(self.fd.as_raw_fd(), iov.as_ptr(), count) }
+            };
+            match usize::try_from(result) {
+                Ok(n) => {
+                    if n < room && n > 0 {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(n));
+                }
+                Err(_) => match Errno::last() {
+                    Errno::EAGAIN => ready.clear_ready(),
+                    Errno::EINTR => {}
+                    e => return Poll::Ready(Err(e.into())),
+                },
+            }
+        }
+    }
+
+    fn poll_send(&self, cx: &mut Context<'_>, queue: &mut SendQueue) -> Poll<io::Result<()>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_write_ready(cx))?;
+            match self.send_once(queue) {
+                Ok(Sent::All) => return Poll::Ready(Ok(())),
+                Ok(Sent::Some) => {
+                    ready.clear_ready();
+                    return Poll::Ready(Ok(()));
+                }
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(e) => return Poll::Ready(Err(e.into())),
+            }
+        }
+    }
+
+    /// One gathered send from the front of the queue.
+    fn send_once(&self, queue: &mut SendQueue) -> Result<Sent, Errno> {
+        let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
+        let (count, bytes) = queue.gather(&mut iov);
+        // SAFETY: msghdr is a plain structure, for which zeroes are a value.
+        let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+        msg.msg_iov = iov.as_mut_ptr();
+        msg.msg_iovlen = count;
+        loop {
+            // SAFETY: the entries name memory of the queue, which is not changed before the call returns.
+            let result = unsafe { libc::sendmsg(self.fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+            match usize::try_from(result) {
+                Ok(n) => {
+                    queue.consume(n);
+                    return Ok(if n == bytes { Sent::All } else { Sent::Some });
+                }
+                Err(_) => match Errno::last() {
+                    Errno::EINTR => {}
+                    e => return Err(e),
+                },
+            }
+        }
+    }
+}
+
+enum Sent {
+    /// All that was offered.
+    All,
+    /// Less: the socket is full.
+    Some,
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A listening stream socket of any family.
+#[derive(Debug)]
+pub struct Listener {
+    fd: AsyncFd<OwnedFd>,
+}
+
+impl Listener {
+    /// Takes a listening socket into the event loop of the calling thread, and makes it non-blocking.
+    ///
+    /// # Errors
+    /// The descriptor cannot be polled, or no event loop runs here.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        Ok(Self { fd: register(fd)? })
+    }
+
+    /// Waits for a connection: a non-blocking descriptor that is closed on exec, for [`Stream::new`] on any thread.
+    ///
+    /// # Errors
+    /// What accept(2) says. `EMFILE`, `ENFILE`, `ENOBUFS` and `ENOMEM` say that the system is short of something: the
+    /// connection stays pending and the next call fails at once, so wait a little before it.
+    pub async fn accept(&self) -> io::Result<OwnedFd> {
+        loop {
+            let mut ready = self.fd.readable().await?;
+            // SAFETY: a null address asks for none.
+            let result = unsafe {
+                libc::accept4(
+                    self.fd.as_raw_fd(),
+                    std::ptr::null_mut(),
+                    std::ptr::null_mut(),
+                    libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+                )
+            };
+            match Errno::result(result) {
+                // SAFETY: accept4 returned a new descriptor that nobody else owns.
+                Ok(fd) => return Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                // The peer gave up before it was served.
+                Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Gives the descriptor back, out of the event loop; it stays non-blocking.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd.into_inner()
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    if tokio::runtime::Handle::try_current().is_err() {
+        return Err(io::Error::other("no event loop runs on this thread"));
+    }
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    // SAFETY: the AsyncFd owns the descriptor, and nothing replaces it.
+    Ok(unsafe { AsyncFd::register(fd) }?)
+}
