@@ -1,1 +1,58 @@
-//! Interoperability, conformance and crash tests of the suite.
+//! The testkit: starts the daemon under test, speaks QMP and NBD to it, and runs the programs of others against it.
+//!
+//! The same tests run on this project's daemon and on the reference: `QSD_UNDER_TEST=/usr/bin/qemu-storage-daemon`
+//! picks the program; by default it is the one that cargo built next to the test executable. A helper here fails by
+//! panicking, as a test does. Nothing here sleeps for a state: every wait polls for the state itself, up to
+//! [`DEADLINE`].
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::missing_panics_doc,
+    reason = "a helper of tests fails by panicking"
+)]
+
+pub mod daemon;
+pub mod image;
+pub mod locks;
+pub mod nbd;
+pub mod program;
+pub mod qmp;
+pub mod tools;
+
+pub use daemon::{Daemon, Setup};
+pub use program::{known_defect, on_reference};
+
+use std::time::{Duration, Instant};
+
+/// How long a test waits for anything that must happen, before it calls that a failure. Long, because machines under
+/// load are slow and a passing test never waits for it.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Polls `state` until it gives a value; panics with `what` when [`DEADLINE`] has passed.
+pub fn wait_for<T>(what: &str, state: impl FnMut() -> Option<T>) -> T {
+    wait_within(DEADLINE, state).unwrap_or_else(|| panic!("waited {DEADLINE:?} in vain: {what}"))
+}
+
+/// Polls `state` until it gives a value or `limit` has passed.
+pub fn wait_within<T>(limit: Duration, mut state: impl FnMut() -> Option<T>) -> Option<T> {
+    let end = Instant::now() + limit;
+    loop {
+        if let Some(value) = state() {
+            return Some(value);
+        }
+        if Instant::now() > end {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Ends the test early and says why, on the test's output and in the file that `TESTS_SKIPPED_LOG` names.
+#[macro_export]
+macro_rules! skip {
+    ($($reason:tt)*) => {{
+        $crate::program::note("SKIP", &format!("{}:{}: {}", file!(), line!(), format!($($reason)*)));
+        return;
+    }};
+}

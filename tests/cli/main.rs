@@ -1,0 +1,6 @@
+//! The command line: order, errors, exit codes, pid file, daemonize, descriptors, signals [drop-in A.1].
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod errors;
+mod life;
+mod sockets;
