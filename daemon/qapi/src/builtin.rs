@@ -64,7 +64,7 @@ pub(crate) fn parse_bool(text: &str) -> Option<bool> {
 }
 
 /// An integer as strtoll(3) with base 0 reads it: space, sign, then decimal, `0x` hexadecimal or `0` octal.
-fn parse_integer(text: &str) -> Option<i128> {
+pub(crate) fn parse_integer(text: &str) -> Option<i128> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
     let (negative, digits) = match text.as_bytes().first()? {
         b'-' => (true, text.get(1..)?),

@@ -17,7 +17,10 @@ extern crate self as qapi;
 mod builtin;
 pub mod def;
 pub mod error;
+pub mod help;
 pub mod input;
+pub mod keyval;
+pub mod opts;
 pub mod types;
 
 pub use builtin::{Null, Size};
@@ -61,7 +64,7 @@ pub trait Qapi: Sized + 'static {
         Self::parse(Input::root(value, Syntax::Json))
     }
 
-    /// Reads what the `keyval` form made of a command line option: all scalars are strings.
+    /// Reads what [`keyval`] made of a command line option: all scalars are strings.
     fn from_keyval(value: &Value) -> Result<Self> {
         Self::parse(Input::root(value, Syntax::Keyval))
     }
