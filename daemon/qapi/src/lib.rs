@@ -21,6 +21,7 @@ pub mod help;
 pub mod input;
 pub mod keyval;
 pub mod opts;
+pub mod schema;
 pub mod types;
 
 pub use builtin::{Null, Size};
