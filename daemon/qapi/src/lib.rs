@@ -20,6 +20,7 @@ pub mod error;
 pub mod help;
 pub mod input;
 pub mod keyval;
+pub mod manual;
 pub mod opts;
 pub mod schema;
 pub mod types;

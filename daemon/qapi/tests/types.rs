@@ -121,3 +121,21 @@ fn replies_of_the_reference_are_of_our_types() {
     }));
     assert_eq!(graph.nodes.len(), 2);
 }
+
+#[test]
+fn deep_definitions_are_refused_before_they_fill_the_stack() {
+    let mut value = json!("a");
+    for _ in 0..400 {
+        let mut map = qapi::Map::new();
+        map.insert("driver".to_owned(), "raw".into());
+        map.insert("file".to_owned(), value);
+        value = Value::Object(map);
+    }
+    let text = std::thread::Builder::new()
+        .stack_size(1 << 20)
+        .spawn(move || error::<BlockdevOptions>(value))
+        .expect("a thread")
+        .join()
+        .expect("no overflow");
+    assert!(text.ends_with("is nested too deeply"), "{text}");
+}
