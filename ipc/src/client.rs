@@ -108,7 +108,7 @@ impl Frames {
     }
 }
 
-fn receive_frame<T: bincode::Decode<()>>(socket: &UnixStream) -> io::Result<T> {
+fn receive_frame<T: frame::Message>(socket: &UnixStream) -> io::Result<T> {
     let mut header = [0; HEADER];
     // The helper sends no descriptors; what comes all the same is closed here, not kept.
     read_exact(socket, &mut header)?;

@@ -100,6 +100,14 @@ impl Response {
     }
 }
 
+/// What a frame carries.
+pub trait Message: Encode + Decode<()> {}
+
+impl Message for Hello {}
+impl Message for Welcome {}
+impl Message for Request {}
+impl Message for Response {}
+
 /// A message that ends the connection.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -124,7 +132,7 @@ pub fn message_length(header: [u8; HEADER]) -> Result<usize, Error> {
 }
 
 /// Decodes the one message of a frame (without its header).
-pub fn decode<T: Decode<()>>(message: &[u8]) -> Result<T, Error> {
+pub fn decode<T: Message>(message: &[u8]) -> Result<T, Error> {
     let (value, used) = bincode::decode_from_slice(message, CONFIG)?;
     match message.len().saturating_sub(used) {
         0 => Ok(value),
@@ -133,7 +141,7 @@ pub fn decode<T: Decode<()>>(message: &[u8]) -> Result<T, Error> {
 }
 
 /// Encodes a message with its header.
-pub fn encode<T: Encode>(message: &T) -> Result<Vec<u8>, Error> {
+pub fn encode<T: Message>(message: &T) -> Result<Vec<u8>, Error> {
     let body = bincode::encode_to_vec(message, CONFIG)?;
     let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
     if body.len() > MAX_MESSAGE {
@@ -148,7 +156,7 @@ mod tests {
     use crate::scsi::{Action, Key, Kind, RegisterOptions};
     use proptest::prelude::*;
 
-    fn round_trip<T: Encode + Decode<()> + PartialEq + std::fmt::Debug>(value: T) {
+    fn round_trip<T: Message + PartialEq + std::fmt::Debug>(value: T) {
         let frame = encode(&value).unwrap();
         let (header, body) = frame.split_first_chunk::<HEADER>().unwrap();
         assert_eq!(message_length(*header).unwrap(), body.len());

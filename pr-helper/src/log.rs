@@ -1,0 +1,206 @@
+//! Lines to standard error, by a thread of their own: a full pipe must not hold up a request.
+//!
+//! Messages are text with the program's name; audit lines are JSON. When the queue is full, lines are dropped and
+//! counted, and the count is the next line.
+
+use crate::device::Number;
+use crate::policy::Peer;
+use ipc::classic::Reply;
+use ipc::scsi::{Action, Key, Sense, status};
+use serde::Serialize;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Lines that may wait.
+const QUEUE: usize = 1024;
+
+/// Which commands leave an audit line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Audit {
+    /// None.
+    Off,
+    /// PERSISTENT RESERVE OUT, and what was refused.
+    Changes,
+    /// Every command.
+    All,
+}
+
+/// Takes lines; any thread has one.
+#[derive(Debug, Clone)]
+pub struct Log {
+    queue: SyncSender<String>,
+    dropped: Arc<AtomicU64>,
+    audit: Audit,
+    verbose: bool,
+}
+
+/// The other end: [`Writer::run`] on the thread that writes.
+#[derive(Debug)]
+pub struct Writer {
+    queue: Receiver<String>,
+    dropped: Arc<AtomicU64>,
+}
+
+/// A new log.
+pub fn new(audit: Audit, verbose: bool) -> (Log, Writer) {
+    let (sender, receiver) = sync_channel(QUEUE);
+    let dropped = Arc::new(AtomicU64::new(0));
+    (Log { queue: sender, dropped: dropped.clone(), audit, verbose }, Writer { queue: receiver, dropped })
+}
+
+impl Writer {
+    /// Writes until the last [`Log`] is gone.
+    pub fn run(self) {
+        for line in self.queue {
+            let dropped = self.dropped.swap(0, Ordering::Relaxed);
+            // Nobody can be told that standard error is gone.
+            let mut stderr = std::io::stderr().lock();
+            if dropped != 0 {
+                let _ = stderr.write_all(format!("qemu-pr-helper: {dropped} lines lost\n").as_bytes());
+            }
+            let _ = stderr.write_all(line.as_bytes());
+        }
+    }
+}
+
+/// One command, for its audit line.
+#[derive(Debug)]
+pub struct Entry<'a> {
+    /// Who.
+    pub peer: &'a Peer,
+    /// On what; `None` if it was no device.
+    pub device: Option<Number>,
+    /// CDB byte 0 is PERSISTENT RESERVE OUT.
+    pub is_out: bool,
+    /// What.
+    pub action: Option<Action>,
+    /// With which keys.
+    pub keys: Option<(Key, Key)>,
+    /// Did the policy refuse it?
+    pub denied: bool,
+    /// The answer.
+    pub reply: &'a Reply,
+    /// From the complete request to its answer.
+    pub duration: Duration,
+}
+
+/// The audit line, member by member.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Line<'a> {
+    /// Seconds since 1970, to the microsecond.
+    time: String,
+    pid: i32,
+    uid: u32,
+    gid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
+    action: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    action_key: Option<String>,
+    denied: bool,
+    status: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sense: Option<String>,
+    milliseconds: u64,
+}
+
+impl Log {
+    fn put(&self, line: String) {
+        if self.queue.try_send(line).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// An error or a warning.
+    pub fn message(&self, text: &str) {
+        self.put(format!("qemu-pr-helper: {text}\n"));
+    }
+
+    /// A message for `--verbose`.
+    pub fn verbose(&self, text: impl FnOnce() -> String) {
+        if self.verbose {
+            self.message(&text());
+        }
+    }
+
+    /// The audit line of a command.
+    pub fn command(&self, entry: &Entry<'_>) {
+        let wanted = if entry.is_out || entry.denied { Audit::Changes } else { Audit::All };
+        if self.audit < wanted {
+            return;
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let sense = (entry.reply.status == status::CHECK_CONDITION)
+            .then(|| Sense::decode(&entry.reply.sense).map(|s| s.to_string()))
+            .flatten();
+        let line = Line {
+            time: format!("{}.{:06}", now.as_secs(), now.subsec_micros()),
+            pid: entry.peer.pid,
+            uid: entry.peer.uid,
+            gid: entry.peer.gid,
+            unit: entry.peer.unit.as_deref(),
+            device: entry.device.map(|d| d.to_string()),
+            action: entry.action.map_or("unknown", Action::name),
+            key: entry.keys.map(|k| k.0.to_string()),
+            action_key: entry.keys.map(|k| k.1.to_string()),
+            denied: entry.denied,
+            status: format!("{:#04x}", entry.reply.status),
+            sense,
+            milliseconds: u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX),
+        };
+        if let Ok(text) = serde_json::to_string(&line) {
+            self.put(text + "\n");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry<'a>(peer: &'a Peer, reply: &'a Reply, is_out: bool) -> Entry<'a> {
+        let action = Some(if is_out { Action::Clear } else { Action::ReadKeys });
+        let keys = is_out.then_some((Key(1), Key(0)));
+        let device = Some(Number { major: 8, minor: 0 });
+        Entry { peer, device, is_out, action, keys, denied: false, reply, duration: Duration::from_millis(3) }
+    }
+
+    #[test]
+    fn audit_lines() {
+        let peer = Peer { pid: 1, uid: 2, gid: 3, unit: Some("a\"b.service".into()) };
+        let reply = Reply::check(Sense::ACCESS_DENIED);
+        for (audit, expected) in [(Audit::Off, 0), (Audit::Changes, 1), (Audit::All, 2)] {
+            let (log, writer) = new(audit, false);
+            log.command(&entry(&peer, &reply, true));
+            log.command(&entry(&peer, &reply, false));
+            drop(log);
+            let lines: Vec<serde_json::Value> =
+                writer.queue.iter().map(|line| serde_json::from_str(&line).unwrap()).collect();
+            assert_eq!(lines.len(), expected);
+            if let Some(line) = lines.first() {
+                assert_eq!(line["action"], "clear");
+                assert_eq!(line["key"], "0x0000000000000001");
+                assert_eq!(line["status"], "0x02");
+                assert_eq!(line["sense"], "5/20/02");
+                assert_eq!(line["unit"], "a\"b.service");
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_queue_does_not_block() {
+        let (log, writer) = new(Audit::All, true);
+        for _ in 0..QUEUE + 5 {
+            log.message("x");
+        }
+        assert_eq!(writer.dropped.load(Ordering::Relaxed), 5);
+    }
+}

@@ -1,0 +1,361 @@
+//! The device ioctls: SG_IO, `IOC_PR_*`, NVMe pass-through. The only unsafe file of the helper.
+//!
+//! Each function is one ioctl with a typed argument; what the answer means is for [`crate::scsi_device`] and
+//! [`crate::kernel_pr`]. Every number used here has a row in the sandbox's policy. `[linux/Documentation/scsi]`,
+//! `<scsi/sg.h>`, `<linux/pr.h>`, `<linux/nvme_ioctl.h>`.
+#![expect(unsafe_code, reason = "ioctl has no safe form: each call proves its own argument")]
+
+use ipc::scsi::SENSE_SIZE;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+/// `_IOC(direction, type, number, size)`, `<asm-generic/ioctl.h>`: direction 1 writes, 2 reads.
+const fn ioc(direction: u32, kind: u8, number: u32, size: usize) -> u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "the arguments below are at most 72 bytes")]
+    let size = size as u32;
+    direction << 30 | size << 16 | (kind as u32) << 8 | number
+}
+
+const SG_IO: u32 = 0x2285;
+const NVME_ID: u32 = ioc(0, b'N', 0x40, 0);
+const NVME_ADMIN: u32 = ioc(3, b'N', 0x41, size_of::<NvmeCommand>());
+const NVME_IO: u32 = ioc(3, b'N', 0x43, size_of::<NvmeCommand>());
+const PR_REGISTER: u32 = ioc(1, b'p', 200, size_of::<PrRegistration>());
+const PR_RESERVE: u32 = ioc(1, b'p', 201, size_of::<PrReservation>());
+const PR_RELEASE: u32 = ioc(1, b'p', 202, size_of::<PrReservation>());
+const PR_PREEMPT: u32 = ioc(1, b'p', 203, size_of::<PrPreempt>());
+const PR_PREEMPT_ABORT: u32 = ioc(1, b'p', 204, size_of::<PrPreempt>());
+const PR_CLEAR: u32 = ioc(1, b'p', 205, size_of::<PrClear>());
+const PR_READ_KEYS: u32 = ioc(3, b'p', 206, size_of::<PrReadKeys>());
+const PR_READ_RESERVATION: u32 = ioc(2, b'p', 207, size_of::<PrReadReservation>());
+
+/// `struct sg_io_hdr`.
+#[repr(C)]
+struct SgIoHeader {
+    interface: libc::c_int,
+    direction: libc::c_int,
+    command_length: u8,
+    sense_length: u8,
+    iovec_count: u16,
+    data_length: u32,
+    data: *mut libc::c_void,
+    command: *const u8,
+    sense: *mut u8,
+    timeout: u32,
+    flags: u32,
+    pack_id: libc::c_int,
+    user: *mut libc::c_void,
+    status: u8,
+    masked_status: u8,
+    message_status: u8,
+    sense_written: u8,
+    host_status: u16,
+    driver_status: u16,
+    residual: libc::c_int,
+    duration: u32,
+    info: u32,
+}
+
+/// `struct pr_registration`: old key, new key, flags (1: whatever the old key is).
+#[repr(C)]
+struct PrRegistration(u64, u64, u32, u32);
+/// `struct pr_reservation`: key, type, flags.
+#[repr(C)]
+struct PrReservation(u64, u32, u32);
+/// `struct pr_preempt`: old key, new key, type, flags.
+#[repr(C)]
+struct PrPreempt(u64, u64, u32, u32);
+/// `struct pr_clear`: key, flags, padding.
+#[repr(C)]
+struct PrClear(u64, u32, u32);
+/// `struct pr_read_keys`: generation, count (in: room, out: registered), where to.
+#[repr(C)]
+struct PrReadKeys(u32, u32, u64);
+/// `struct pr_read_reservation`: key, generation, type.
+#[repr(C)]
+struct PrReadReservation(u64, u32, u32);
+
+/// `struct nvme_passthru_cmd`.
+#[repr(C)]
+#[derive(Default)]
+struct NvmeCommand {
+    opcode: u8,
+    flags: u8,
+    reserved: u16,
+    namespace: u32,
+    dwords_2_3: [u32; 2],
+    metadata: u64,
+    address: u64,
+    metadata_length: u32,
+    data_length: u32,
+    dwords_10_15: [u32; 6],
+    timeout_ms: u32,
+    result: u32,
+}
+
+/// Calls ioctl; a negative result is an error.
+///
+/// # Safety
+/// `argument` is what the request takes: valid for reads and writes of that type, as is all memory that it points to.
+unsafe fn ioctl<T>(device: BorrowedFd<'_>, request: u32, argument: *mut T) -> io::Result<i32> {
+    // SAFETY: the caller vouches for the argument.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::Ioctl::from(request), argument) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Which way the data of a SCSI command goes.
+#[derive(Debug)]
+pub enum Transfer<'a> {
+    /// From the device.
+    In(&'a mut [u8]),
+    /// To the device.
+    Out(&'a [u8]),
+}
+
+/// How a SCSI command ended.
+#[derive(Debug, Clone)]
+pub struct SgResult {
+    /// SCSI status.
+    pub status: u8,
+    /// What the host adapter's driver says, `DID_*` of `<scsi/scsi_status.h>`.
+    pub host: u16,
+    /// What the mid-layer says, `DRIVER_*`.
+    pub driver: u16,
+    /// Sense data; zero where the device sent none.
+    pub sense: [u8; SENSE_SIZE],
+    /// Bytes of data that went.
+    pub transferred: usize,
+}
+
+/// SG_IO with a ten-byte CDB. The kernel aborts the command after `timeout` (at least a millisecond).
+pub fn sg_io(
+    device: BorrowedFd<'_>,
+    cdb: &[u8; 10],
+    transfer: Transfer<'_>,
+    timeout: Duration,
+) -> io::Result<SgResult> {
+    /// `SG_DXFER_NONE`, `SG_DXFER_TO_DEV`, `SG_DXFER_FROM_DEV`.
+    const NONE: i32 = -1;
+    const TO: i32 = -2;
+    const FROM: i32 = -3;
+    let (direction, data, length) = match transfer {
+        Transfer::In([]) | Transfer::Out([]) => (NONE, std::ptr::null_mut(), 0),
+        Transfer::In(data) => (FROM, data.as_mut_ptr(), data.len()),
+        // The kernel only reads from here for SG_DXFER_TO_DEV.
+        Transfer::Out(data) => (TO, data.as_ptr().cast_mut(), data.len()),
+    };
+    let mut sense = [0; SENSE_SIZE];
+    let mut header = SgIoHeader {
+        interface: libc::c_int::from(b'S'),
+        direction,
+        command_length: 10,
+        sense_length: SENSE_SIZE_U8,
+        iovec_count: 0,
+        data_length: u32::try_from(length).map_err(io::Error::other)?,
+        data: data.cast(),
+        command: cdb.as_ptr(),
+        sense: sense.as_mut_ptr(),
+        timeout: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1),
+        flags: 0,
+        pack_id: 0,
+        user: std::ptr::null_mut(),
+        status: 0,
+        masked_status: 0,
+        message_status: 0,
+        sense_written: 0,
+        host_status: 0,
+        driver_status: 0,
+        residual: 0,
+        duration: 0,
+        info: 0,
+    };
+    // SAFETY: SG_IO takes a sg_io_hdr. Command (10 bytes), sense (96 bytes, as sense_length says) and data (`length`
+    // bytes, writable unless the direction is to the device) outlive the call, which is synchronous: on return the
+    // kernel has copied everything and keeps no pointer.
+    unsafe { ioctl(device, SG_IO, &raw mut header)? };
+    let residual = usize::try_from(header.residual).unwrap_or(0);
+    Ok(SgResult {
+        status: header.status,
+        host: header.host_status,
+        driver: header.driver_status,
+        sense,
+        transferred: length.saturating_sub(residual),
+    })
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "96")]
+const SENSE_SIZE_U8: u8 = SENSE_SIZE as u8;
+
+/// A reservation command of `<linux/pr.h>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrCommand {
+    /// IOC_PR_REGISTER.
+    Register {
+        /// The present key.
+        old: u64,
+        /// The key from now on; zero unregisters.
+        new: u64,
+        /// Whatever the present key is.
+        ignore: bool,
+    },
+    /// IOC_PR_RESERVE.
+    Reserve {
+        /// Key.
+        key: u64,
+        /// `enum pr_type`.
+        kind: u32,
+    },
+    /// IOC_PR_RELEASE.
+    Release {
+        /// Key.
+        key: u64,
+        /// `enum pr_type`.
+        kind: u32,
+    },
+    /// IOC_PR_PREEMPT, IOC_PR_PREEMPT_ABORT.
+    Preempt {
+        /// Key.
+        key: u64,
+        /// The key to remove.
+        victim: u64,
+        /// `enum pr_type`.
+        kind: u32,
+        /// And abort.
+        abort: bool,
+    },
+    /// IOC_PR_CLEAR.
+    Clear {
+        /// Key.
+        key: u64,
+    },
+}
+
+/// Executes a reservation command. Returns the kernel's status: 0 for done, otherwise `enum pr_status` or, of older
+/// kernels, the device's own.
+pub fn pr_command(device: BorrowedFd<'_>, command: PrCommand) -> io::Result<i32> {
+    // SAFETY (all five): the request takes the structure that it is called with here, which lives across the call and
+    // holds no pointer.
+    match command {
+        PrCommand::Register { old, new, ignore } => {
+            let mut argument = PrRegistration(old, new, u32::from(ignore), 0);
+            // SAFETY: see above.
+            unsafe { ioctl(device, PR_REGISTER, &raw mut argument) }
+        }
+        PrCommand::Reserve { key, kind } => {
+            let mut argument = PrReservation(key, kind, 0);
+            // SAFETY: see above.
+            unsafe { ioctl(device, PR_RESERVE, &raw mut argument) }
+        }
+        PrCommand::Release { key, kind } => {
+            let mut argument = PrReservation(key, kind, 0);
+            // SAFETY: see above.
+            unsafe { ioctl(device, PR_RELEASE, &raw mut argument) }
+        }
+        PrCommand::Preempt { key, victim, kind, abort } => {
+            // In <linux/pr.h> the victim's is the old key, one's own the new one.
+            let mut argument = PrPreempt(victim, key, kind, 0);
+            let request = if abort { PR_PREEMPT_ABORT } else { PR_PREEMPT };
+            // SAFETY: see above.
+            unsafe { ioctl(device, request, &raw mut argument) }
+        }
+        PrCommand::Clear { key } => {
+            let mut argument = PrClear(key, 0, 0);
+            // SAFETY: see above.
+            unsafe { ioctl(device, PR_CLEAR, &raw mut argument) }
+        }
+    }
+}
+
+/// IOC_PR_READ_KEYS: generation, how many there are, and as many keys as fit into `keys`.
+pub fn pr_read_keys(device: BorrowedFd<'_>, keys: &mut [u64]) -> io::Result<(u32, u32)> {
+    let room = u32::try_from(keys.len()).unwrap_or(u32::MAX);
+    let address = u64::try_from(keys.as_mut_ptr().addr()).map_err(io::Error::other)?;
+    let mut argument = PrReadKeys(0, room, address);
+    // SAFETY: the structure lives across the call; it points to `room` keys that the kernel may write.
+    unsafe { ioctl(device, PR_READ_KEYS, &raw mut argument)? };
+    Ok((argument.0, argument.1))
+}
+
+/// IOC_PR_READ_RESERVATION: generation, key, `enum pr_type` (0: none).
+pub fn pr_read_reservation(device: BorrowedFd<'_>) -> io::Result<(u32, u64, u32)> {
+    let mut argument = PrReadReservation(0, 0, 0);
+    // SAFETY: the structure lives across the call and holds no pointer.
+    unsafe { ioctl(device, PR_READ_RESERVATION, &raw mut argument)? };
+    Ok((argument.1, argument.0, argument.2))
+}
+
+/// NVME_IOCTL_ID: the namespace's number; an error if the device is no NVMe namespace.
+pub fn nvme_namespace(device: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: the request takes no argument.
+    let id = unsafe { ioctl::<libc::c_void>(device, NVME_ID, std::ptr::null_mut())? };
+    u32::try_from(id).map_err(io::Error::other)
+}
+
+/// Reservation Report of a namespace, extended data structure, `[NVM Express 2.0 §7.5]`. Returns the NVMe status.
+pub fn nvme_reservation_report(
+    device: BorrowedFd<'_>,
+    namespace: u32,
+    report: &mut [u8],
+    timeout: Duration,
+) -> io::Result<i32> {
+    let dwords = u32::try_from(report.len() / 4).map_err(io::Error::other)?;
+    let command = NvmeCommand { opcode: 0x0e, namespace, ..NvmeCommand::default() };
+    // Number of dwords, zero based; extended data structure.
+    nvme(device, NVME_IO, command, [dwords.saturating_sub(1), 1], report, timeout)
+}
+
+/// Identify Namespace, `[NVM Express 2.0 §5.17.2.1]`. Returns the NVMe status.
+pub fn nvme_identify_namespace(
+    device: BorrowedFd<'_>,
+    namespace: u32,
+    data: &mut [u8; 4096],
+    timeout: Duration,
+) -> io::Result<i32> {
+    let command = NvmeCommand { opcode: 0x06, namespace, ..NvmeCommand::default() };
+    nvme(device, NVME_ADMIN, command, [0, 0], data, timeout)
+}
+
+fn nvme(
+    device: BorrowedFd<'_>,
+    request: u32,
+    mut command: NvmeCommand,
+    [dword_10, dword_11]: [u32; 2],
+    data: &mut [u8],
+    timeout: Duration,
+) -> io::Result<i32> {
+    command.address = u64::try_from(data.as_mut_ptr().addr()).map_err(io::Error::other)?;
+    command.data_length = u32::try_from(data.len()).map_err(io::Error::other)?;
+    command.dwords_10_15[0] = dword_10;
+    command.dwords_10_15[1] = dword_11;
+    command.timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
+    // SAFETY: both requests take a nvme_passthru_cmd. It points to `data_length` bytes that the kernel may write, and
+    // to nothing else; the call is synchronous.
+    unsafe { ioctl(device, request, &raw mut command) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn layouts_and_numbers_are_the_kernels() {
+        assert_eq!(size_of::<SgIoHeader>(), 88);
+        assert_eq!(size_of::<NvmeCommand>(), 72);
+        assert_eq!([PR_REGISTER, PR_RESERVE, PR_PREEMPT], [0x4018_70c8, 0x4010_70c9, 0x4018_70cb]);
+        assert_eq!([PR_READ_KEYS, PR_READ_RESERVATION], [0xc010_70ce, 0x8010_70cf]);
+        assert_eq!([NVME_ID, NVME_ADMIN, NVME_IO], [0x4e40, 0xc048_4e41, 0xc048_4e43]);
+    }
+
+    #[test]
+    fn a_file_is_no_device() {
+        let file = tempfile::tempfile().unwrap();
+        let mut data = [0; 8];
+        let errno = sg_io(file.as_fd(), &[0x5e; 10], Transfer::In(&mut data), Duration::from_secs(1)).unwrap_err();
+        assert_eq!(errno.raw_os_error(), Some(libc::ENOTTY));
+        let errno = pr_command(file.as_fd(), PrCommand::Clear { key: 1 }).unwrap_err();
+        assert_eq!(errno.raw_os_error(), Some(libc::ENOTTY));
+        assert_eq!(nvme_namespace(file.as_fd()).unwrap_err().raw_os_error(), Some(libc::ENOTTY));
+    }
+}
