@@ -9,12 +9,13 @@
 
 use super::export::Client;
 use super::input::Input;
-use super::negotiate::{Mode, Session};
+use super::negotiate::Session;
 use super::reply::{self, Origin};
 use super::request::{self, Command, EXTENDED_HEADER, Header, Limits, MAX_STATUS_PAYLOAD, Verdict};
 use super::serve::{Outcome, serve};
 use super::slots::Slots;
 use super::wire::{MAX_EXTENTS, error};
+use crate::Export;
 use block::Disk;
 use buf::IoBuf;
 use io::{SendQueue, Stream};
@@ -154,10 +155,9 @@ where
             let mut moved = false;
             if !self.out.is_empty() {
                 let before = self.out.len();
-                match pin!(self.stream.send(&mut self.out)).poll(cx) {
-                    Poll::Ready(Ok(())) => {}
-                    Poll::Ready(Err(_)) => self.broken(),
-                    Poll::Pending => {}
+                let sent = pin!(self.stream.send(&mut self.out)).poll(cx);
+                if let Poll::Ready(Err(_)) = sent {
+                    self.broken();
                 }
                 moved = self.out.len() < before;
             }

@@ -103,9 +103,10 @@ impl Collector {
         if self.full {
             return;
         }
+        let count = self.found.extents.len();
         match self.found.extents.last_mut() {
             Some(last) if last.flags == flags => last.len += len,
-            _ if self.found.extents.len() >= limit => self.full = true,
+            _ if count >= limit => self.full = true,
             _ => self.found.extents.push(Extent { len, flags }),
         }
     }
