@@ -113,7 +113,9 @@ mod tests {
         assert_eq!(names("base:allocation", false), ["base:allocation"]);
         assert_eq!(names("base:", true), ["base:allocation"]);
         assert_eq!(names("qemu:", true), ["qemu:allocation-depth"]);
-        for ignored in ["base:", "qemu:", "", "base", "qemu:dirty-bitmap:", "x-foo:", "base:allocation2", "BASE:ALLOCATION"] {
+        for ignored in
+            ["base:", "qemu:", "", "base", "qemu:dirty-bitmap:", "x-foo:", "base:allocation2", "BASE:ALLOCATION"]
+        {
             assert_eq!(names(ignored, false), [""; 0], "{ignored}");
         }
         assert!(Contexts::offered(false).matching(b"qemu:allocation-depth", false).is_empty());

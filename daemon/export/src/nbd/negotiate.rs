@@ -7,8 +7,8 @@
 use super::metacontext::Contexts;
 use super::options::{self, BadData};
 use super::wire::{
-    Fields, GREETING_MAGIC, MAX_PAYLOAD, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, export_flag, handshake, info, opt,
-    option_name, rep,
+    Fields, GREETING_MAGIC, MAX_PAYLOAD, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, export_flag, handshake, info,
+    opt, option_name, rep,
 };
 use std::fmt;
 
@@ -347,7 +347,13 @@ impl Negotiation {
         if self.mode >= Mode::Structured && self.contexts_of == offer.name { self.contexts } else { Contexts::NONE }
     }
 
-    fn info(&mut self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Result<Option<Session>, Refusal> {
+    fn info(
+        &mut self,
+        option: u32,
+        data: &[u8],
+        exports: &dyn Exports,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<Session>, Refusal> {
         let request = options::info_request(data).map_err(|bad| Refusal::bad_data(option, &bad))?;
         let offer = exports.find(request.name).ok_or_else(|| Refusal::unknown_export(request.name))?;
         let contexts = self.contexts_for(&offer);
@@ -382,7 +388,13 @@ impl Negotiation {
         Ok(Some(Session { export: offer.name, mode: self.mode, contexts, alignment }))
     }
 
-    fn meta_context(&mut self, option: u32, data: &[u8], exports: &dyn Exports, out: &mut Vec<u8>) -> Result<(), Refusal> {
+    fn meta_context(
+        &mut self,
+        option: u32,
+        data: &[u8],
+        exports: &dyn Exports,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Refusal> {
         let listing = option == opt::LIST_META_CONTEXT;
         if !listing {
             // Even a selection that fails replaces the one before.
@@ -391,8 +403,8 @@ impl Negotiation {
         }
         let (name, rest) = options::context_request(data).map_err(|bad| Refusal::bad_data(option, &bad))?;
         let offer = exports.find(name).ok_or_else(|| Refusal::unknown_export(name))?;
-        let found = options::context_queries(rest, offer.contexts, listing)
-            .map_err(|bad| Refusal::bad_data(option, &bad))?;
+        let found =
+            options::context_queries(rest, offer.contexts, listing).map_err(|bad| Refusal::bad_data(option, &bad))?;
         for context in found.iter() {
             // A list has no ids: the client is to disregard the field.
             let id = if listing { 0 } else { context.id() };

@@ -4,9 +4,7 @@
 
 use super::metacontext::Contexts;
 use super::negotiate::Mode;
-use super::wire::{
-    EXTENDED_REQUEST_MAGIC, Fields, MAX_PAYLOAD, REQUEST_MAGIC, cmd, cmd_flag, command_name,
-};
+use super::wire::{EXTENDED_REQUEST_MAGIC, Fields, MAX_PAYLOAD, REQUEST_MAGIC, cmd, cmd_flag, command_name};
 
 /// Length of a compact header in bytes.
 const COMPACT_HEADER: usize = 28;
@@ -72,15 +70,41 @@ pub(crate) struct Limits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     /// `fragment` is false if the client wants the data in one chunk.
-    Read { at: u64, len: u32, fragment: bool },
+    Read {
+        at: u64,
+        len: u32,
+        fragment: bool,
+    },
     /// The payload is the data.
-    Write { at: u64, len: u32, fua: bool },
+    Write {
+        at: u64,
+        len: u32,
+        fua: bool,
+    },
     Flush,
-    Trim { at: u64, len: u64, fua: bool },
-    Cache { at: u64, len: u32 },
-    WriteZeroes { at: u64, len: u64, fua: bool, may_unmap: bool, fast_only: bool },
+    Trim {
+        at: u64,
+        len: u64,
+        fua: bool,
+    },
+    Cache {
+        at: u64,
+        len: u32,
+    },
+    WriteZeroes {
+        at: u64,
+        len: u64,
+        fua: bool,
+        may_unmap: bool,
+        fast_only: bool,
+    },
     /// With `one`, a single extent for each context.
-    BlockStatus { at: u64, len: u64, one: bool, contexts: Contexts },
+    BlockStatus {
+        at: u64,
+        len: u64,
+        one: bool,
+        contexts: Contexts,
+    },
 }
 
 /// What is to be done about a header.
@@ -172,7 +196,9 @@ pub(crate) fn check(header: &Header, limits: &Limits) -> Verdict {
             return Verdict::Refuse("CMD_BLOCK_STATUS not negotiated".to_owned());
         }
         cmd::BLOCK_STATUS if payload_status => return Verdict::NeedsPayload,
-        cmd::BLOCK_STATUS if header.has(cmd_flag::PAYLOAD_LEN) => return Verdict::Refuse(BAD_STATUS_PAYLOAD.to_owned()),
+        cmd::BLOCK_STATUS if header.has(cmd_flag::PAYLOAD_LEN) => {
+            return Verdict::Refuse(BAD_STATUS_PAYLOAD.to_owned());
+        }
         cmd::BLOCK_STATUS if length == 0 => return Verdict::Refuse(ZERO_LENGTH.to_owned()),
         cmd::BLOCK_STATUS => {
             let one = header.has(cmd_flag::REQ_ONE);
@@ -268,7 +294,10 @@ mod tests {
         let structured = limits(Mode::Structured);
         let past = "operation past EOF; From: 18446744073709551615, Len: 2, Size: 1048576";
         assert_eq!(refusal(&header(cmd::READ, u64::MAX, 2, 0), &simple), past);
-        assert_eq!(refusal(&header(77, SIZE, 5, 0), &simple), "operation past EOF; From: 1048576, Len: 5, Size: 1048576");
+        assert_eq!(
+            refusal(&header(77, SIZE, 5, 0), &simple),
+            "operation past EOF; From: 1048576, Len: 5, Size: 1048576"
+        );
         assert_eq!(refusal(&header(77, 0, 0, 0), &simple), "invalid request type (77) received");
         assert_eq!(refusal(&header(77, 0, 0, 32), &simple), "unsupported flags for command <unknown> (got 0x20)");
         let long = u64::from(MAX_PAYLOAD) + 1;
@@ -303,7 +332,8 @@ mod tests {
     #[test]
     fn extended_payloads() {
         let all = Limits { contexts: Contexts::offered(true), ..limits(Mode::Extended) };
-        let ext = |command, length, flags| Header { magic: EXTENDED_REQUEST_MAGIC, ..header(command, 0, length, flags) };
+        let ext =
+            |command, length, flags| Header { magic: EXTENDED_REQUEST_MAGIC, ..header(command, 0, length, flags) };
         assert_eq!(ext(cmd::WRITE, 4, 0).payload(Mode::Extended), 4, "even if the flag is forgotten");
         assert_eq!(ext(cmd::READ, 4, 0).payload(Mode::Extended), 0);
         assert_eq!(ext(cmd::READ, 4, cmd_flag::PAYLOAD_LEN).payload(Mode::Extended), 4);

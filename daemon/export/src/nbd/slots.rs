@@ -95,7 +95,10 @@ impl<F: Future> Slots<F> {
 
     /// Whether the extra waker was used since the last call.
     pub(crate) fn extra_woken(&self) -> bool {
-        self.woken.words.last().is_some_and(|word| word.load(Ordering::Relaxed) != 0 && word.swap(0, Ordering::AcqRel) != 0)
+        self.woken
+            .words
+            .last()
+            .is_some_and(|word| word.load(Ordering::Relaxed) != 0 && word.swap(0, Ordering::AcqRel) != 0)
     }
 
     /// Starts a future. Its result comes back at once if it need not wait. The set must not be full.

@@ -77,7 +77,11 @@ impl Peer {
     /// Sends an option that is answered with replies.
     fn ask(&mut self, option: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
         let (raw, _) = self.raw(option, data);
-        replies(&raw).into_iter().inspect(|(to, ..)| assert_eq!(*to, option)).map(|(_, kind, data)| (kind, data)).collect()
+        replies(&raw)
+            .into_iter()
+            .inspect(|(to, ..)| assert_eq!(*to, option))
+            .map(|(_, kind, data)| (kind, data))
+            .collect()
     }
 
     /// Sends an option that fails; the kind and the text.
@@ -128,11 +132,7 @@ fn the_greeting_offers_fixed_newstyle_without_zeroes() {
 #[test]
 fn list_and_abort() {
     let mut peer = Peer::new();
-    let both = vec![
-        (rep::SERVER, b"\0\0\0\x01esome text".to_vec()),
-        (rep::SERVER, b"\0\0\0\x01r".to_vec()),
-        ACK,
-    ];
+    let both = vec![(rep::SERVER, b"\0\0\0\x01esome text".to_vec()), (rep::SERVER, b"\0\0\0\x01r".to_vec()), ACK];
     assert_eq!(peer.ask(opt::LIST, b""), both);
     let invalid = (rep::ERR_INVALID, "option 'list' has unexpected length".to_owned());
     assert_eq!(peer.refused(opt::LIST, b"x"), invalid);
@@ -210,8 +210,7 @@ fn block_sizes_bind_who_asked_for_them() {
         let (raw, step) = Peer::new().raw(opt::GO, &go("r", infos));
         let (_, kind, data) = replies(&raw)[0].clone();
         assert_eq!((kind, data), sizes(minimum));
-        let session =
-            Session { export: "r".to_owned(), mode: Mode::Simple, contexts: Contexts::NONE, alignment };
+        let session = Session { export: "r".to_owned(), mode: Mode::Simple, contexts: Contexts::NONE, alignment };
         assert_eq!(step, Step::Transmission(session));
     }
 }
@@ -220,16 +219,10 @@ fn block_sizes_bind_who_asked_for_them() {
 fn reply_styles_are_negotiated_once() {
     let mut peer = Peer::new();
     let invalid = |text: &str| (rep::ERR_INVALID, text.to_owned());
-    assert_eq!(
-        peer.refused(opt::STRUCTURED_REPLY, b"x"),
-        invalid("option 'structured reply' has unexpected length")
-    );
+    assert_eq!(peer.refused(opt::STRUCTURED_REPLY, b"x"), invalid("option 'structured reply' has unexpected length"));
     assert_eq!(peer.ask(opt::STRUCTURED_REPLY, b""), [ACK]);
     assert_eq!(peer.refused(opt::STRUCTURED_REPLY, b""), invalid("structured reply already negotiated"));
-    assert_eq!(
-        peer.refused(opt::EXTENDED_HEADERS, b"y"),
-        invalid("option 'extended headers' has unexpected length")
-    );
+    assert_eq!(peer.refused(opt::EXTENDED_HEADERS, b"y"), invalid("option 'extended headers' has unexpected length"));
     assert_eq!(peer.ask(opt::EXTENDED_HEADERS, b""), [ACK]);
     let again = "extended headers already negotiated".to_owned();
     assert_eq!(peer.refused(opt::EXTENDED_HEADERS, b""), (rep::ERR_INVALID, again.clone()));
@@ -262,7 +255,11 @@ fn contexts_are_listed_and_selected() {
     for (data, kind, text) in [
         (meta("nope", &[base]), rep::ERR_UNKNOWN, "export 'nope' not present"),
         (vec![], rep::ERR_INVALID, "Inconsistent lengths in option set meta context"),
-        ([&string(b"e")[..], b"\xff\xff\xff\xff"].concat(), rep::ERR_INVALID, "Inconsistent lengths in option set meta context"),
+        (
+            [&string(b"e")[..], b"\xff\xff\xff\xff"].concat(),
+            rep::ERR_INVALID,
+            "Inconsistent lengths in option set meta context",
+        ),
         (string(&[b'x'; 4097]), rep::ERR_INVALID, "Invalid name length: 4097"),
     ] {
         assert_eq!(peer.refused(opt::SET_META_CONTEXT, &data), (kind, text.to_owned()));
