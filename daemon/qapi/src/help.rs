@@ -10,7 +10,7 @@ use crate::{
 
 /// Help about a type. If it is a union and `chosen` has a value for its tag, help about that variant.
 pub fn of_type(def: &TypeDef, chosen: &Value) -> String {
-    let Some(variants) = def.variants() else { return options(def.name, def) };
+    let Some(variants) = def.variants() else { return options(def) };
     let tag = variants.tag.name;
     let cases = (variants.cases)();
     if let Some(name) = chosen.get(tag).and_then(Value::as_str)
@@ -38,8 +38,8 @@ pub fn of_type(def: &TypeDef, chosen: &Value) -> String {
 }
 
 /// The members of a type, one a line.
-fn options(name: &str, def: &TypeDef) -> String {
-    let mut out = format!("{name} options:\n");
+fn options(def: &TypeDef) -> String {
+    let mut out = "Options:\n".to_owned();
     members(def, "", &mut out);
     out
 }
@@ -89,7 +89,8 @@ fn line(what: &str, summary: &str, default: Option<&str>) -> String {
     let default = default.map(|value| format!(" (default: {value})")).unwrap_or_default();
     match summary.is_empty() && default.is_empty() {
         true => format!("  {what}\n"),
-        false => format!("  {what:<22} - {summary}{default}\n"),
+        // A terminal has no use for the marks of Markdown.
+        false => format!("  {what:<22} - {}{default}\n", summary.replace('`', "").replace('\n', " ")),
     }
 }
 
@@ -108,5 +109,42 @@ pub(crate) fn summary(doc: &str) -> &str {
     let paragraph = doc.split("\n\n").next().unwrap_or_default();
     let end = paragraph.find(". ").or_else(|| paragraph.find(".\n")).unwrap_or(paragraph.len());
     let sentence = paragraph.get(..end).unwrap_or_default();
-    sentence.lines().next().filter(|_| !sentence.contains('\n')).unwrap_or(sentence).trim_end_matches('.')
+    sentence.trim_end_matches('.')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Qapi,
+        types::{block::BlockdevOptions, export::NbdServerOptions, qom::ObjectOptions},
+    };
+    use serde_json::json;
+
+    #[test]
+    fn help_names_values_and_members() {
+        let list = of_type(ObjectOptions::def(), &json!({"qom-type": "foo"}));
+        assert_eq!(list, "List of user creatable objects:\n  iothread\n", "as the reference prints it");
+        let iothread = of_type(ObjectOptions::def(), &json!({"qom-type": "iothread"}));
+        assert!(iothread.starts_with("iothread options:\n  aio-max-batch=<int>    - "), "{iothread}");
+        let file = of_type(BlockdevOptions::def(), &json!({"driver": "file"}));
+        for line in
+            ["file options:\n", "  locking=<auto|on|off>  - ", "Common options:\n", "  cache.direct=<bool>    - "]
+        {
+            assert!(file.contains(line), "{line} is not in\n{file}");
+        }
+        assert!(!file.contains('`'), "{file}");
+        let server = of_type(NbdServerOptions::def(), &json!({}));
+        assert!(server.starts_with("Options:\n  addr.type=<inet|unix|vsock|fd> - "), "{server}");
+        assert!(server.contains("(default: 100)\n"), "{server}");
+    }
+
+    #[test]
+    fn a_summary_is_the_first_sentence() {
+        for (doc, first) in
+            [("One. Two.", "One"), ("One.", "One"), ("One.\nTwo.", "One"), ("One\n\nTwo.", "One"), ("", "")]
+        {
+            assert_eq!(summary(doc), first, "{doc}");
+        }
+    }
 }
