@@ -9,16 +9,16 @@ use nix::unistd::{Whence, lseek};
 use std::io;
 use std::sync::Arc;
 
-/// What fallocate(2) shall do with a range. None but [`Allocate`](Self::Allocate) changes the length of the file.
+/// What fallocate(2) shall do with a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AllocMode {
     /// Give it space; bytes without any read as zeroes. The file grows to the end of the range if it is shorter.
     Allocate,
     /// As `Allocate`, the length stays.
     AllocateKeepSize,
-    /// Take its space; it reads as zeroes.
+    /// Take its space; it reads as zeroes. The length stays.
     PunchHole,
-    /// It reads as zeroes, with its space kept or given where the file system can.
+    /// It reads as zeroes, with its space kept or given where the file system can. The file grows as with `Allocate`.
     ZeroRange,
 }
 
@@ -28,7 +28,7 @@ impl AllocMode {
             Self::Allocate => 0,
             Self::AllocateKeepSize => libc::FALLOC_FL_KEEP_SIZE,
             Self::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-            Self::ZeroRange => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::ZeroRange => libc::FALLOC_FL_ZERO_RANGE,
         }
     }
 }

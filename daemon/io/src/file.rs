@@ -57,7 +57,9 @@ pub enum FileKind {
     Block,
     /// A character device.
     Char,
-    /// Anything else: a directory, a pipe, a socket.
+    /// A pipe or a socket: to open or read one may wait for ever.
+    Pipe,
+    /// Anything else: a directory.
     Other,
 }
 
@@ -87,6 +89,8 @@ pub struct File {
     engine: Engine,
     access: Access,
     direct: bool,
+    /// Operations that are handed to the kernel at once at most; 0 for as many as there are.
+    max_batch: u32,
     /// Page cache misses in a row; NEVER if it must not be tried. A hint, so unordered.
     misses: AtomicU32,
 }
@@ -141,7 +145,22 @@ impl File {
         let direct = flags.contains(OFlag::O_DIRECT);
         // With O_DIRECT there is no cache to hit, and the ring batches better than a call for each read.
         let misses = AtomicU32::new(if direct { NEVER } else { 0 });
-        Ok(Self { fd: Arc::new(Fd::new(fd)), engine, access, direct, misses })
+        Ok(Self { fd: Arc::new(Fd::new(fd)), engine, access, direct, max_batch: 0, misses })
+    }
+
+    /// Opens the same file once more, also if it was renamed or unlinked since.
+    ///
+    /// # Errors
+    /// What open(2) says, with the permissions of the process as they are now; /proc is needed.
+    pub async fn reopen(&self, how: OpenHow) -> io::Result<Self> {
+        let mut file = Self::open(Path::new(&format!("/proc/self/fd/{}", self.fd.raw())), how).await?;
+        file.max_batch = self.max_batch;
+        Ok(file)
+    }
+
+    /// Limits the operations on this file that are handed to the ring's kernel side at once (`aio-max-batch`); 0 is no limit.
+    pub fn set_max_batch(&mut self, max: u32) {
+        self.max_batch = max;
     }
 
     /// Access mode.
@@ -223,7 +242,7 @@ impl File {
     /// # Errors
     /// What the kernel says. Linux then may have dropped dirty pages: later calls may succeed without the data being there.
     pub async fn sync_data(&self) -> Result<(), Errno> {
-        self.transfer(|| Request::Sync(SyncKind::Data)).await.map(drop)
+        self.sync(SyncKind::Data).await
     }
 
     /// Makes the data and all metadata durable (fsync).
@@ -231,7 +250,16 @@ impl File {
     /// # Errors
     /// As [`sync_data`](Self::sync_data).
     pub async fn sync_all(&self) -> Result<(), Errno> {
-        self.transfer(|| Request::Sync(SyncKind::All)).await.map(drop)
+        self.sync(SyncKind::All).await
+    }
+
+    async fn sync(&self, kind: SyncKind) -> Result<(), Errno> {
+        loop {
+            match self.transfer(|| Request::Sync(kind)).await {
+                Err(Errno::EINTR) => continue,
+                other => return other.map(drop),
+            }
+        }
     }
 
     /// Sets the length of a regular file, in bytes.
@@ -327,7 +355,7 @@ impl File {
     /// One call, on the ring or the pool; may move fewer bytes than asked.
     pub(crate) async fn transfer(&self, request: impl Fn() -> Request) -> Result<usize, Errno> {
         let request = match thread::current_ring() {
-            Some(ring) if self.engine == Engine::Ring => match ring.start(&self.fd, request()) {
+            Some(ring) if self.engine == Engine::Ring => match ring.start(&self.fd, request(), self.max_batch) {
                 Ok(operation) => match operation.await {
                     // The kernel could not do it without waiting, nor find a worker to wait: a pool thread can.
                     Err(Errno::EAGAIN) => request(),
@@ -357,6 +385,7 @@ impl FileStat {
             SFlag::S_IFREG => FileKind::Regular,
             SFlag::S_IFBLK => FileKind::Block,
             SFlag::S_IFCHR => FileKind::Char,
+            SFlag::S_IFIFO | SFlag::S_IFSOCK => FileKind::Pipe,
             _ => FileKind::Other,
         };
         // The kernel hands out no negative sizes.

@@ -137,11 +137,11 @@ impl Ring {
         Ok(Rc::new(Self { inner: RefCell::new(inner) }))
     }
 
-    /// Queues an operation. Its future holds no memory that the kernel uses: it may be dropped at any time.
+    /// Queues an operation, and submits if `max_batch` (unless 0) wait for it then. Its future holds no memory that the kernel uses: it may be dropped at any time.
     ///
     /// # Errors
     /// Gives the request back if the ring cannot take it now.
-    pub(crate) fn start(self: &Rc<Self>, fd: &Arc<Fd>, request: Request) -> Result<Operation, Request> {
+    pub(crate) fn start(self: &Rc<Self>, fd: &Arc<Fd>, request: Request, max_batch: u32) -> Result<Operation, Request> {
         let mut inner = self.inner.borrow_mut();
         if inner.dead {
             return Err(request);
@@ -165,9 +165,13 @@ impl Ring {
         debug_assert!(pushed.is_ok(), "room was checked");
         inner.unsubmitted.push_back(key);
         let wake = if inner.unsubmitted.len() == 1 { inner.task.take() } else { None };
+        let full = max_batch != 0 && u32::try_from(inner.unsubmitted.len()).unwrap_or(u32::MAX) >= max_batch;
         drop(inner);
         if let Some(task) = wake {
             task.wake();
+        }
+        if full {
+            self.submit();
         }
         Ok(Operation { ring: Rc::clone(self), key, taken: false })
     }

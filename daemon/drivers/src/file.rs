@@ -1,0 +1,244 @@
+//! `file` and `host_device`: a regular file, or a block or character device, of this host.
+//!
+//! The driver owns the open file, its image locks and what was learned about it. The file may be replaced by another
+//! opening of itself when write permission comes or goes (`auto-read-only`): requests hold the one that they started with.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`open`](self) | options, opening, checks |
+//! | `permissions` | locks and reopening as users come and go |
+//! | `space` | zeroes, discards, holes, lengths |
+
+mod open;
+mod permissions;
+mod space;
+
+pub use open::{open_device, open_regular};
+
+use arc_swap::ArcSwapOption;
+use block::driver::Prealloc;
+use block::{Driver, Errno, Facts, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
+use buf::IoBuf;
+use io::{BlockDevice, DirectAlign, File, OpenHow};
+use permissions::Locks;
+use qapi::Result;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What is behind the name.
+#[derive(Clone, Copy, Debug)]
+enum Medium {
+    Regular,
+    Block(BlockDevice),
+    Char,
+}
+
+/// When the file is open for writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writing {
+    Never,
+    Always,
+    /// While a user has permission to write.
+    WhenNeeded,
+}
+
+/// What the file has not been found unable to do. Hints that only ever turn off, so unordered.
+#[derive(Debug)]
+struct Able {
+    punch: AtomicBool,
+    zero_range: AtomicBool,
+    zero_out: AtomicBool,
+    discard: AtomicBool,
+    dsync: AtomicBool,
+}
+
+impl Default for Able {
+    fn default() -> Self {
+        let yes = || AtomicBool::new(true);
+        Self { punch: yes(), zero_range: yes(), zero_out: yes(), discard: yes(), dsync: yes() }
+    }
+}
+
+fn can(flag: &AtomicBool) -> bool {
+    flag.load(Ordering::Relaxed)
+}
+
+fn cannot(flag: &AtomicBool) {
+    flag.store(false, Ordering::Relaxed);
+}
+
+/// A file or device of this host.
+#[derive(Debug)]
+pub struct FileDriver {
+    name: &'static str,
+    filename: String,
+    medium: Medium,
+    writing: Writing,
+    force_share: bool,
+    how: OpenHow,
+    align: DirectAlign,
+    /// None once closed.
+    file: ArcSwapOption<File>,
+    /// Guards the locks held and prepared. Control task only, never across an await.
+    locks: Mutex<Locks>,
+    able: Able,
+    /// Lower bound of a regular file's length in bytes, unless somebody else cuts it.
+    end: AtomicU64,
+    /// The errno of the first flush that failed, 0 if none did. The kernel may have dropped the pages that it could not
+    /// write and says so once; nobody may believe a later success.
+    lost: AtomicI32,
+}
+
+impl FileDriver {
+    /// The file, for one request.
+    fn file(&self) -> IoResult<Arc<File>> {
+        self.file.load_full().ok_or(Errno::ENOMEDIUM)
+    }
+
+    fn locks(&self) -> MutexGuard<'_, Locks> {
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_not_lost(&self) -> IoResult {
+        match self.lost.load(Ordering::Acquire) {
+            0 => Ok(()),
+            errno => Err(Errno::from_raw(errno)),
+        }
+    }
+
+    async fn sync(&self, file: &File) -> IoResult {
+        self.check_not_lost()?;
+        match file.sync_data().await {
+            // Not every device knows the call; none of those has a cache.
+            Err(Errno::EINVAL | Errno::ENOTSUP) if matches!(self.medium, Medium::Char) => Ok(()),
+            Err(errno) => {
+                // EAGAIN is ours: no thread to make the call. With O_DIRECT there are no pages to lose.
+                if errno != Errno::EAGAIN && !file.is_direct() {
+                    let _ = self.lost.compare_exchange(0, errno as i32, Ordering::AcqRel, Ordering::Acquire);
+                }
+                Err(errno)
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Bytes up to `end` are there now.
+    fn reached(&self, end: u64) {
+        if self.end.load(Ordering::Relaxed) < end {
+            self.end.fetch_max(end, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Driver for FileDriver {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn facts(&self) -> Facts {
+        let (sector, io_opt, granularity) = match &self.medium {
+            Medium::Block(dev) => (
+                dev.logical_sector,
+                dev.io_opt,
+                dev.queue.discard_granularity.and_then(|bytes| u32::try_from(bytes).ok()).unwrap_or(0),
+            ),
+            Medium::Regular | Medium::Char => (1, 0, 0),
+        };
+        let native = |able: bool| if able { Support::Native } else { Support::None };
+        let is_char = matches!(self.medium, Medium::Char);
+        let zero = match self.medium {
+            Medium::Regular => can(&self.able.punch) || can(&self.able.zero_range),
+            Medium::Block(_) => can(&self.able.punch) || can(&self.able.zero_out),
+            Medium::Char => false,
+        };
+        let granularity = if granularity.is_power_of_two() { granularity } else { 1 };
+        Facts {
+            request_align: self.align.offset,
+            mem_align: self.align.memory,
+            opt_transfer: io_opt,
+            zero_align: sector.max(self.align.offset),
+            discard_align: sector.max(granularity).max(self.align.offset),
+            fua: native(!is_char),
+            zero: native(zero),
+            discard: native(!is_char && can(&self.able.discard)),
+            ..Facts::default()
+        }
+    }
+
+    fn filename(&self) -> String {
+        self.filename.clone()
+    }
+
+    async fn length(&self) -> IoResult<u64> {
+        self.current_length().await.map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    }
+
+    async fn allocated_size(&self) -> Option<u64> {
+        let stat = self.file().ok()?.stat().await.ok()?;
+        Some(stat.allocated)
+    }
+
+    async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
+        self.file()?.read_at(at, buf).await.map(drop)
+    }
+
+    async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
+        let file = self.file()?;
+        let dsync = flags.fua && can(&self.able.dsync);
+        if flags.fua {
+            self.check_not_lost()?;
+        }
+        match file.write_at(at, buf, dsync).await {
+            Err(Errno::ENOTSUP) if dsync => {
+                cannot(&self.able.dsync);
+                file.write_at(at, buf, false).await?;
+            }
+            other => other?,
+        }
+        self.reached(at.saturating_add(u64::try_from(buf.len()).unwrap_or(u64::MAX)));
+        if flags.fua && !can(&self.able.dsync) { self.sync(&file).await } else { Ok(()) }
+    }
+
+    async fn flush(&self) -> IoResult {
+        self.sync(&*self.file()?).await
+    }
+
+    async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
+        let file = self.file()?;
+        self.write_zeroes(&file, span, flags).await?;
+        if flags.fua { self.sync(&file).await } else { Ok(()) }
+    }
+
+    async fn discard(&self, span: Span) -> IoResult {
+        self.give_back(&*self.file()?, span).await
+    }
+
+    async fn map(&self, span: Span, precise: bool) -> IoResult<Mapping> {
+        self.find_extent(&*self.file()?, span, precise).await
+    }
+
+    async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
+        self.set_length(size, exact, prealloc).await
+    }
+
+    async fn prepare_perms(&self, new: Perms) -> Result<()> {
+        self.prepare(new).await
+    }
+
+    fn commit_perms(&self) {
+        self.commit();
+    }
+
+    fn abort_perms(&self) {
+        self.abort();
+    }
+
+    async fn close(&self) {
+        self.release_locks();
+        if let Some(file) = self.file.swap(None)
+            && let Some(file) = Arc::into_inner(file)
+        {
+            file.close().await;
+        }
+    }
+}

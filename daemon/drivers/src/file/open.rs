@@ -1,0 +1,146 @@
+//! Opening: what the options ask for, and whether the file is what the driver is for.
+
+use super::permissions::Locks;
+use super::{Able, FileDriver, Medium, Writing};
+use arc_swap::ArcSwapOption;
+use block::NodeOptions;
+use io::{Access, Engine, File, FileKind, ImageLock, IoThread, Locking, OpenHow};
+use qapi::types::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
+use qapi::{Error, Result};
+use std::path::Path;
+use std::sync::atomic::{AtomicI32, AtomicU64};
+use std::sync::{Arc, Mutex};
+
+/// Opens a regular file (`file`).
+///
+/// # Errors
+/// It is none, or cannot be opened; options that do not go together.
+pub async fn open_regular(node: &NodeOptions, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open("file", node, options).await
+}
+
+/// Opens a block or character device (`host_device`).
+///
+/// # Errors
+/// It is none, or cannot be opened; options that do not go together.
+pub async fn open_device(node: &NodeOptions, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open("host_device", node, options).await
+}
+
+async fn open(name: &'static str, node: &NodeOptions, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    let filename = options.filename.as_str();
+    if filename.is_empty() {
+        return Err(Error::generic(format!("The '{name}' block driver requires a file name")));
+    }
+    let writing = match (node.read_only, node.auto_read_only) {
+        (true, _) => Writing::Never,
+        (false, false) => Writing::Always,
+        (false, true) => Writing::WhenNeeded,
+    };
+    let access = if writing == Writing::Always { Access::ReadWrite } else { Access::ReadOnly };
+    let how = OpenHow { access, direct: node.direct, engine: engine(options.aio, node.direct)? };
+    let mut file = open_checked(name, filename, how).await?;
+    file.set_max_batch(max_batch(options.aio_max_batch)?);
+
+    let failed = |what: &str, e| Error::io(format!("Could not {what} '{filename}'"), e);
+    let stat = file.stat().await.map_err(|e| failed("look at", e))?;
+    let medium = match stat.kind {
+        FileKind::Block => Medium::Block(file.block_device().await.map_err(|e| failed("query", e))?),
+        FileKind::Char => Medium::Char,
+        _ => Medium::Regular,
+    };
+    let align = file.direct_align().await.map_err(|e| failed("find the alignment of direct I/O on", e))?;
+    let locking = match options.locking {
+        OnOffAuto::Auto => Locking::Auto,
+        OnOffAuto::On => Locking::On,
+        OnOffAuto::Off => Locking::Off,
+    };
+    let lock = ImageLock::new(&file, locking).await;
+    Ok(FileDriver {
+        name,
+        filename: filename.to_owned(),
+        medium,
+        writing,
+        force_share: node.force_share,
+        how,
+        align,
+        file: ArcSwapOption::from_pointee(file),
+        locks: Mutex::new(Locks::new(lock)),
+        able: Able::default(),
+        end: AtomicU64::new(stat.size),
+        lost: AtomicI32::new(0),
+    })
+}
+
+/// Opens the file if it is of the driver's kind.
+async fn open_checked(name: &str, filename: &str, how: OpenHow) -> Result<File> {
+    let path = Path::new(filename);
+    let could_not = |e| Error::io(format!("Could not open '{filename}'"), e);
+    // To open a pipe could wait for ever for its other end.
+    if File::stat_path(path).await.map_err(could_not)?.kind == FileKind::Pipe {
+        return Err(wrong_kind(name, filename));
+    }
+    let file = match File::open(path, how).await {
+        Ok(file) => file,
+        Err(e) if how.direct && e.raw_os_error() == Some(block::Errno::EINVAL as i32) => {
+            return Err(match File::open(path, OpenHow { direct: false, ..how }).await {
+                Ok(_) => Error::generic(format!("Could not open '{filename}': filesystem does not support O_DIRECT")),
+                Err(_) => could_not(e),
+            });
+        }
+        Err(e) => return Err(could_not(e)),
+    };
+    let kind = file.stat().await.map_err(could_not)?.kind;
+    let fits = match name {
+        "file" => kind == FileKind::Regular,
+        _ => matches!(kind, FileKind::Block | FileKind::Char),
+    };
+    if fits {
+        return Ok(file);
+    }
+    file.close().await;
+    Err(wrong_kind(name, filename))
+}
+
+fn wrong_kind(name: &str, filename: &str) -> Error {
+    let wanted = if name == "file" { "a regular file" } else { "either a character or block device" };
+    Error::generic(format!("'{name}' driver requires '{filename}' to be {wanted}"))
+}
+
+/// The engine for `aio`: the ring for all but `threads`, as it does for both others what they are wanted for.
+fn engine(aio: Option<BlockdevAioOptions>, direct: bool) -> Result<Engine> {
+    match aio {
+        None => Ok(Engine::Ring),
+        Some(BlockdevAioOptions::Threads) => Ok(Engine::Threads),
+        Some(BlockdevAioOptions::Native) if !direct => {
+            Err(Error::generic("aio=native was specified, but it requires cache.direct=on, which was not specified."))
+        }
+        Some(BlockdevAioOptions::Native) => Ok(Engine::Ring),
+        // Whoever asks for it by name hears if there is none.
+        Some(BlockdevAioOptions::IoUring) => match IoThread::current() {
+            Some(thread) => match thread.ring_error() {
+                Some(e) => Err(Error::generic(format!("Unable to use linux io_uring: {}", qapi::error::errno_text(e)))),
+                None => Ok(Engine::Ring),
+            },
+            None => Ok(Engine::Ring),
+        },
+    }
+}
+
+fn max_batch(given: Option<i64>) -> Result<u32> {
+    let max = given.unwrap_or(0);
+    if max < 0 {
+        return Err(Error::generic("Parameter 'aio-max-batch' expects a number of requests, or 0 for no limit"));
+    }
+    // More than the ring holds is no limit either.
+    Ok(u32::try_from(max).unwrap_or(0))
+}
+
+impl FileDriver {
+    /// The same file opened again, for other access.
+    pub(super) async fn open_again(&self, file: &File, access: Access) -> Result<Arc<File>> {
+        let how = OpenHow { access, ..self.how };
+        let again = file.reopen(how).await;
+        again.map(Arc::new).map_err(|e| Error::io(format!("Could not open '{}'", self.filename), e))
+    }
+}
