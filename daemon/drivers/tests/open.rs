@@ -11,7 +11,7 @@ use common::{READER, attach, descriptors, graph, has_direct, have, image, on_thr
 use io::RingUse;
 use serde_json::json;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 #[test]
 fn texts_are_the_references() {
@@ -147,8 +147,12 @@ fn auto_read_only_opens_for_writing_while_there_is_a_writer() {
     });
 }
 
+/// A child that is about to exec has copies of all descriptors, and with them of the locks: not both tests at a time.
+static LOCKS: Mutex<()> = Mutex::new(());
+
 #[test]
 fn two_of_us_exclude_each_other_and_a_refused_user_leaves_nothing() {
+    let _alone = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
     let file = image(1 << 20);
     let path = file.path().to_str().unwrap().to_owned();
     on_thread(RingUse::Auto, move || async move {
@@ -179,6 +183,7 @@ fn two_of_us_exclude_each_other_and_a_refused_user_leaves_nothing() {
 
 #[test]
 fn locks_keep_qemu_out_unless_switched_off() {
+    let _alone = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
     if !have("qemu-io") {
         return;
     }

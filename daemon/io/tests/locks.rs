@@ -6,7 +6,7 @@ use std::future::Future;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 const HOW: OpenHow = OpenHow { access: Access::ReadWrite, direct: false, engine: Engine::Threads };
 const READ: u8 = 1;
@@ -86,10 +86,10 @@ impl Drop for Holder {
 
 #[test]
 fn qemu_is_kept_out_and_let_in() {
+    let _alone = ONE_TEST.lock().unwrap_or_else(PoisonError::into_inner);
     if !have("qemu-io") || !have("qemu-img") {
         return;
     }
-    let _alone = ONE_TEST.lock().unwrap();
     let temp = exclusive_image();
     wait(async {
         let (_file, lock) = locked(temp.path()).await;
@@ -112,10 +112,10 @@ fn qemu_is_kept_out_and_let_in() {
 
 #[test]
 fn we_are_kept_out_by_qemu_and_keep_what_we_had() {
+    let _alone = ONE_TEST.lock().unwrap_or_else(PoisonError::into_inner);
     if !have("qemu-io") || !have("qemu-img") {
         return;
     }
-    let _alone = ONE_TEST.lock().unwrap();
     let temp = exclusive_image();
     wait(async {
         let (_file, lock) = locked(temp.path()).await;
@@ -144,7 +144,7 @@ fn we_are_kept_out_by_qemu_and_keep_what_we_had() {
 
 #[test]
 fn locks_move_to_another_descriptor_and_end_with_it() {
-    let _alone = ONE_TEST.lock().unwrap();
+    let _alone = ONE_TEST.lock().unwrap_or_else(PoisonError::into_inner);
     let temp = image();
     wait(async {
         let (file, lock) = locked(temp.path()).await;
@@ -169,7 +169,7 @@ fn locks_move_to_another_descriptor_and_end_with_it() {
 
 #[test]
 fn locking_off_locks_nothing() {
-    let _alone = ONE_TEST.lock().unwrap();
+    let _alone = ONE_TEST.lock().unwrap_or_else(PoisonError::into_inner);
     let temp = image();
     wait(async {
         let file = File::open(temp.path(), HOW).await.unwrap();
