@@ -102,10 +102,9 @@ fn a_drain_in_the_middle_of_a_header_loses_nothing() {
         client.socket.write_all(&header[..cut]).unwrap();
         let drained = server.run(|| async {
             let inside = inside();
-            let node = inside.node("e");
-            let drained = inside.graph.borrow().drain(&node).await;
-            // Requests that arrive now wait at the gate.
-            drained
+            let node = inside.node("e").await;
+            // Requests that arrive from now on wait at the gate.
+            inside.graph.lock().await.drain(&node).await
         });
         client.socket.write_all(&header[cut..]).unwrap();
         client.send(READ, 10, 0, 16);
@@ -136,8 +135,8 @@ fn a_resize_under_a_client_is_seen_by_it() {
     let resize = |size: u64| {
         server.run(move || async move {
             let inside = inside();
-            let node = inside.node("e");
-            inside.graph.borrow_mut().resize(&node, size).await.map_err(|e| e.to_string())
+            let node = inside.node("e").await;
+            inside.graph.lock().await.resize(&node, size).await.map_err(|e| e.to_string())
         })
     };
     assert_eq!(resize(2 * MIB as u64), Ok(()));

@@ -245,7 +245,7 @@ fn a_real_daemon_in_between() {
         .args(["--export", "nbd,id=x,node-name=n,name=x,writable=on"])
         .spawn();
     let Ok(mut daemon) = spawned else {
-        println!("SKIPPED: qemu-storage-daemon is not installed");
+        eprintln!("SKIPPED: qemu-storage-daemon is not installed");
         return;
     };
     let uri = format!("nbd+unix:///x?socket={}", middle.display());

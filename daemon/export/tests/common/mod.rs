@@ -23,13 +23,13 @@ const HANG: Duration = Duration::from_secs(60);
 
 /// What lives on the server's thread.
 pub struct Inside {
-    pub graph: RefCell<Graph>,
+    pub graph: tokio::sync::Mutex<Graph>,
     pub server: NbdServer,
 }
 
 impl Inside {
-    pub fn node(&self, name: &str) -> Arc<Node> {
-        Arc::clone(self.graph.borrow().get(name).unwrap())
+    pub async fn node(&self, name: &str) -> Arc<Node> {
+        Arc::clone(self.graph.lock().await.get(name).unwrap())
     }
 }
 
@@ -68,7 +68,7 @@ impl Server {
         let this = Self { thread, dir };
         this.run(move || async move {
             let server = NbdServer::start(vec![Listener::new(listener.into()).unwrap()], params);
-            let inside = Inside { graph: RefCell::new(testing::graph()), server };
+            let inside = Inside { graph: tokio::sync::Mutex::new(testing::graph()), server };
             INSIDE.with(|place| place.replace(Some(Rc::new(inside))));
         });
         this
@@ -111,7 +111,7 @@ impl Server {
         self.run(move || async move {
             let inside = inside();
             let options = NodeOptions { discard: true, ..NodeOptions::default() };
-            let mut graph = inside.graph.borrow_mut();
+            let mut graph = inside.graph.lock().await;
             let node = graph.adopt(setup.name, driver.0, options).await.unwrap();
             let perms = NbdExport::permissions(setup.writable);
             let label = format!("block export '{}'", setup.name);
@@ -296,7 +296,7 @@ pub fn program(command: &mut Command) -> Option<Output> {
     match command.output() {
         Ok(output) => Some(output),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            println!("SKIPPED: {} is not installed", command.get_program().to_string_lossy());
+            eprintln!("SKIPPED: {} is not installed", command.get_program().to_string_lossy());
             None
         }
         Err(e) => panic!("{command:?}: {e}"),
