@@ -124,10 +124,17 @@ mod model {
     use loom::sync::atomic::AtomicUsize;
     use loom::thread;
 
+    /// Explores all interleavings with up to three preemptions: enough for every known kind of lost wake-up, and it ends.
+    fn model(run: impl Fn() + Sync + Send + 'static) {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(run);
+    }
+
     /// Two requests against one drain: the drain never sees one inside, and all three end.
     #[test]
     fn a_drain_excludes_requests_and_everybody_ends() {
-        loom::model(|| {
+        model(|| {
             let gate = Arc::new(Gate::default());
             let busy = Arc::new(AtomicUsize::new(0));
             let requests: Vec<_> = (0..2)
@@ -153,7 +160,7 @@ mod model {
     /// Closings nest: a request enters only after both have been taken back.
     #[test]
     fn closings_nest() {
-        loom::model(|| {
+        model(|| {
             let gate = Arc::new(Gate::default());
             gate.close();
             gate.close();

@@ -16,8 +16,10 @@ mod fd;
 mod file;
 mod lock;
 mod pool;
+pub mod process;
 mod ring;
 mod send_queue;
+pub mod socket;
 mod stream;
 mod thread;
 

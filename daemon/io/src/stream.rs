@@ -9,6 +9,7 @@
 //! counted, and only what was seen before the call is cleared.)
 
 use crate::send_queue::SendQueue;
+use crate::socket::BoundPath;
 use buf::IoBuf;
 use nix::errno::Errno;
 use nix::sys::socket::sockopt;
@@ -226,6 +227,8 @@ impl AsFd for Stream {
 #[derive(Debug)]
 pub struct Listener {
     fd: AsyncFd<OwnedFd>,
+    /// Removed when the listener goes.
+    _path: Option<BoundPath>,
 }
 
 impl Listener {
@@ -234,7 +237,12 @@ impl Listener {
     /// # Errors
     /// The descriptor cannot be polled, or no event loop runs here.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self { fd: register(fd)? })
+        Ok(Self { fd: register(fd)?, _path: None })
+    }
+
+    /// Removes the socket's path when the listener is dropped.
+    pub(crate) fn unlink_at_end(self, path: Option<BoundPath>) -> Self {
+        Self { _path: path, ..self }
     }
 
     /// Waits for a connection: a non-blocking descriptor that is closed on exec, for [`Stream::new`] on any thread.
@@ -265,7 +273,7 @@ impl Listener {
         }
     }
 
-    /// Gives the descriptor back, out of the event loop; it stays non-blocking.
+    /// Gives the descriptor back, out of the event loop; it stays non-blocking. A path of its own is removed.
     pub fn into_fd(self) -> OwnedFd {
         self.fd.into_inner()
     }

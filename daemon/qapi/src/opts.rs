@@ -155,6 +155,11 @@ impl Opts {
         self.pairs.iter().rev().find(|pair| pair.key == key).map(|pair| pair.value.as_str())
     }
 
+    /// Every option with its value, in the order they were written.
+    pub fn into_pairs(self) -> impl Iterator<Item = (String, String)> {
+        self.pairs.into_iter().map(|pair| (pair.key, pair.value))
+    }
+
     fn string(&self, key: &str) -> Option<String> {
         self.get(key).map(str::to_owned)
     }

@@ -5,6 +5,7 @@ use crate::driver::{DynDriver, LocalFuture};
 use crate::edge::{Edge, Parent, Role};
 use crate::node::{DetectZeroes, Node, NodeOptions};
 use nix::errno::Errno;
+use qapi::opts::is_identifier;
 use qapi::types::block::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef};
 use qapi::{Error, Result};
 use std::sync::{Arc, OnceLock};
@@ -108,7 +109,7 @@ impl OpenContext<'_> {
                 }
             }
         };
-        if !is_well_formed(name) {
+        if !is_identifier(name) {
             return Err(Error::generic(format!("Invalid node-name: '{name}'")));
         }
         if self.graph.get(name).is_some() || self.opened.iter().any(|node| node.name() == name) {
@@ -155,13 +156,6 @@ impl OpenContext<'_> {
 
 fn cannot_tell_length(name: &str, errno: Errno) -> Error {
     Error::io(format!("Could not get the length of node '{name}'"), errno.into())
-}
-
-/// Whether `id` is what users may call things: a letter, then letters, digits, `-`, `.`, `_`.
-pub(crate) fn is_well_formed(id: &str) -> bool {
-    let mut bytes = id.bytes();
-    bytes.next().is_some_and(|b| b.is_ascii_alphabetic())
-        && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
 }
 
 /// What a child that is defined inside its parent's options takes from it, where it says nothing itself.

@@ -6,21 +6,12 @@ use crate::{Qapi, Value};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
 #[qapi(since = "2.0")]
 pub struct IothreadProperties {
-    /// Requests that are handed to the kernel at once at most; 0 lets the daemon decide.
-    #[qapi(since = "6.1")]
-    pub aio_max_batch: Option<i64>,
     /// Threads that are kept ready for blocking operations.
     #[qapi(since = "7.1")]
     pub thread_pool_min: Option<i64>,
     /// Threads for blocking operations at most.
     #[qapi(since = "7.1")]
     pub thread_pool_max: Option<i64>,
-    /// Nanoseconds to look for events without sleeping, at most; 0 sleeps at once.
-    pub poll_max_ns: Option<i64>,
-    /// The factor by which that time grows when it would have been worth it; 0 lets the daemon decide.
-    pub poll_grow: Option<i64>,
-    /// The divisor by which that time shrinks when it was not; 0 lets the daemon decide.
-    pub poll_shrink: Option<i64>,
 }
 
 /// An object to make.

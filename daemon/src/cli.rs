@@ -1,0 +1,282 @@
+//! The command line, as text: which options there are, and in which order they were given.
+//!
+//! One definition makes `--help`, the manual page and the parser. What an option's value means is not known here: values are
+//! parsed through the QAPI types when their turn comes, for each may refer to what an earlier one made.
+
+use clap::{Arg, ArgAction, Command};
+use qapi::{Error, Result};
+
+/// The options that are carried out in the order in which they are given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `--blockdev`
+    Blockdev,
+    /// `--chardev`
+    Chardev,
+    /// `--export`
+    Export,
+    /// `--monitor`
+    Monitor,
+    /// `--nbd-server`
+    NbdServer,
+    /// `--object`
+    Object,
+    /// `--trace`
+    Trace,
+    /// Not an option.
+    Unexpected,
+}
+
+const ORDERED: &[(&str, Kind)] = &[
+    ("blockdev", Kind::Blockdev),
+    ("chardev", Kind::Chardev),
+    ("export", Kind::Export),
+    ("monitor", Kind::Monitor),
+    ("nbd-server", Kind::NbdServer),
+    ("object", Kind::Object),
+    ("trace", Kind::Trace),
+    ("unexpected", Kind::Unexpected),
+];
+
+/// One option on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// Which.
+    pub kind: Kind,
+    /// Its value.
+    pub value: String,
+    /// What was typed, for messages.
+    pub text: String,
+}
+
+/// What a command line asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Invocation {
+    /// `--help`
+    Help,
+    /// `--version`
+    Version,
+    /// To serve.
+    Serve {
+        /// `--daemonize`
+        daemonize: bool,
+        /// `--pidfile`
+        pidfile: Option<String>,
+        /// The rest, in order.
+        steps: Vec<Step>,
+    },
+}
+
+fn option(name: &'static str, value: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).value_name(value).action(ArgAction::Append).allow_hyphen_values(true).help(help)
+}
+
+fn flag(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).action(ArgAction::Count).help(help)
+}
+
+/// The definition of the command line.
+pub fn command() -> Command {
+    Command::new("qemu-storage-daemon")
+        .about("Serves disk images without a virtual machine")
+        .override_usage("qemu-storage-daemon [options]")
+        .disable_help_flag(true)
+        .disable_version_flag(true)
+        .infer_long_args(true)
+        .max_term_width(100)
+        .args([
+            option(
+                "blockdev",
+                "[driver=]DRIVER,node-name=NAME[,KEY=VALUE...]",
+                "Make a block node. Drivers: file, host_device (filename=PATH, locking=auto|on|off, \
+                 aio=threads|native|io_uring), raw (file=NODE, offset=BYTES, size=BYTES), null-co, null-aio (size=BYTES). \
+                 All drivers: read-only=on|off, auto-read-only=on|off, force-share=on|off, cache.direct=on|off, \
+                 cache.no-flush=on|off, discard=ignore|unmap, detect-zeroes=off|on|unmap",
+            ),
+            option(
+                "chardev",
+                "[backend=]TYPE,id=ID[,KEY=VALUE...]",
+                "Make a character device, for a monitor to talk on. Types: socket (path=PATH or host=HOST,port=PORT or \
+                 fd=NUMBER, server=on|off, wait=on|off), stdio. 'help' lists the types",
+            ),
+            flag("daemonize", "Go to the background once everything is set up; the exit status tells whether it worked"),
+            option(
+                "export",
+                "[type=]nbd,id=ID,node-name=NAME[,KEY=VALUE...]",
+                "Export a block node. nbd (needs --nbd-server): name=NAME, description=TEXT, allocation-depth=on|off. \
+                 All types: writable=on|off, writethrough=on|off, iothread=ID (or iothread.0=ID,iothread.1=ID...), \
+                 fixed-iothread=on|off",
+            ),
+            option(
+                "monitor",
+                "[chardev=]ID[,mode=control][,pretty=on|off]",
+                "Serve the QEMU Monitor Protocol (QMP) on a character device",
+            ),
+            option(
+                "nbd-server",
+                "addr.type=inet|unix|vsock|fd,addr.KEY=VALUE...",
+                "Start the NBD server. unix: addr.path=PATH; inet: addr.host=HOST,addr.port=PORT; vsock: \
+                 addr.cid=CID,addr.port=PORT; fd: addr.str=NUMBER. All: max-connections=N (100; 0 is no limit), \
+                 handshake-max-seconds=N (10; 0 is no limit)",
+            ),
+            option("object", "[qom-type=]TYPE,id=ID[,KEY=VALUE...]", "Make an object. 'help' lists the types, 'TYPE,help' a type's properties"),
+            option(
+                "pidfile",
+                "PATH",
+                "Write the process ID to this file when everything is set up, keep it locked, and remove it at the end",
+            ),
+            option(
+                "trace",
+                "[[enable=]PATTERN][,events=FILE][,file=FILE]",
+                "Write trace events whose names match PATTERN (with * and ?), or the patterns in FILE, to standard error or \
+                 a file. 'help' lists the events",
+            )
+            .short('T'),
+            flag("help", "Print this help").short('h'),
+            flag("version", "Print the version").short('V'),
+            Arg::new("unexpected").action(ArgAction::Append).num_args(0..).hide(true),
+        ])
+        .after_help(
+            "Options are carried out in the order given: define a thing before you use it. Values are KEY=VALUE lists \
+             (a comma inside a value is doubled, nested keys are dotted) or JSON objects in braces.\n\n\
+             Examples:\n\
+             \x20 Serve disk.img to NBD clients, with a monitor:\n\
+             \x20   qemu-storage-daemon \\\n\
+             \x20     --blockdev file,node-name=disk,filename=disk.img \\\n\
+             \x20     --nbd-server addr.type=unix,addr.path=nbd.sock \\\n\
+             \x20     --export nbd,id=export,node-name=disk,name=disk,writable=on \\\n\
+             \x20     --chardev socket,id=qmp,path=qmp.sock,server=on,wait=off --monitor qmp\n\
+             \x20 See it:\n\
+             \x20   nbdinfo 'nbd+unix:///disk?socket=nbd.sock'\n\n\
+             The daemon ends on SIGINT, SIGTERM, SIGHUP, or the QMP command quit.",
+        )
+}
+
+/// Reads a command line, without the program's name.
+///
+/// # Errors
+/// An option that does not exist, or one without its value.
+pub fn parse(arguments: &[String]) -> Result<Invocation> {
+    let matches = command().no_binary_name(true).try_get_matches_from(arguments).map_err(|error| refusal(&error))?;
+    let given = |name: &str| matches.get_count(name) > 0;
+    let first = |name: &str| matches.index_of(name).unwrap_or(usize::MAX);
+    match (given("help"), given("version")) {
+        (true, true) if first("version") < first("help") => return Ok(Invocation::Version),
+        (true, _) => return Ok(Invocation::Help),
+        (false, true) => return Ok(Invocation::Version),
+        (false, false) => {}
+    }
+    let mut found: Vec<(usize, Kind, String)> = Vec::new();
+    for (name, kind) in ORDERED {
+        let indices = matches.indices_of(name).into_iter().flatten();
+        let values = matches.get_many::<String>(name).into_iter().flatten();
+        found.extend(indices.zip(values).map(|(index, value)| (index, *kind, value.clone())));
+    }
+    found.sort_by_key(|(index, ..)| *index);
+    let mut typed = arguments.iter().peekable();
+    let steps =
+        found.into_iter().map(|(_, kind, value)| Step { kind, text: as_typed(&mut typed, &value), value }).collect();
+    let pidfile = matches.get_many::<String>("pidfile").into_iter().flatten().last().cloned();
+    Ok(Invocation::Serve { daemonize: given("daemonize"), pidfile, steps })
+}
+
+/// The words of the next option that has this value: `--opt value`, `--opt=value`, `-Ovalue` or the value alone.
+fn as_typed<'a>(words: &mut std::iter::Peekable<impl Iterator<Item = &'a String>>, value: &str) -> String {
+    while let Some(word) = words.next() {
+        let is_option = word.len() > 1 && word.starts_with('-');
+        if !is_option && word == value {
+            return word.clone();
+        }
+        if is_option && words.peek().is_some_and(|next| *next == value) {
+            words.next();
+            return format!("{word} {value}");
+        }
+        if is_option && word.ends_with(value) {
+            return word.clone();
+        }
+    }
+    value.to_owned()
+}
+
+fn refusal(error: &clap::Error) -> Error {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    let word = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(word)) => word.split_whitespace().next().unwrap_or_default().to_owned(),
+        _ => String::new(),
+    };
+    let help = "Try 'qemu-storage-daemon --help' for the options";
+    let text = match error.kind() {
+        ErrorKind::InvalidValue | ErrorKind::TooFewValues => format!("option '{word}' requires an argument"),
+        ErrorKind::UnknownArgument => match word.strip_prefix('-') {
+            Some(short) if !short.starts_with('-') => format!("invalid option -- '{short}'"),
+            _ => format!("unrecognized option '{word}'"),
+        },
+        _ => error.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned(),
+    };
+    Error::generic(text).with_hint(help)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps(words: &[&str]) -> Vec<(Kind, String, String)> {
+        let words: Vec<_> = words.iter().map(|w| (*w).to_owned()).collect();
+        match parse(&words) {
+            Ok(Invocation::Serve { steps, .. }) => steps.into_iter().map(|s| (s.kind, s.value, s.text)).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn options_keep_their_order_and_their_words() {
+        let found = steps(&[
+            "--blockdev",
+            "a",
+            "--daemonize",
+            "--export=b",
+            "--bl",
+            "a",
+            "-T",
+            "x",
+            "-Ty",
+            "stray",
+            "--object",
+            "-",
+        ]);
+        let expected = [
+            (Kind::Blockdev, "a", "--blockdev a"),
+            (Kind::Export, "b", "--export=b"),
+            (Kind::Blockdev, "a", "--bl a"),
+            (Kind::Trace, "x", "-T x"),
+            (Kind::Trace, "y", "-Ty"),
+            (Kind::Unexpected, "stray", "stray"),
+            (Kind::Object, "-", "--object -"),
+        ];
+        let expected: Vec<_> = expected.map(|(k, v, t)| (k, v.to_owned(), t.to_owned())).into();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn refusals_read_like_getopt() {
+        let text = |words: &[&str]| {
+            let words: Vec<_> = words.iter().map(|w| (*w).to_owned()).collect();
+            parse(&words).unwrap_err().desc
+        };
+        assert_eq!(text(&["--blockdev"]), "option '--blockdev' requires an argument");
+        assert_eq!(text(&["--nope"]), "unrecognized option '--nope'");
+        assert_eq!(text(&["-x"]), "invalid option -- 'x'");
+    }
+
+    #[test]
+    fn help_and_version_come_first() {
+        let parse = |words: &[&str]| parse(&words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>()).unwrap();
+        assert_eq!(parse(&["--blockdev", "bad", "-h", "foo"]), Invocation::Help);
+        assert_eq!(parse(&["-V", "--help"]), Invocation::Version);
+    }
+}

@@ -1,0 +1,151 @@
+//! The control task: the one owner of nodes, exports, objects and character devices, and the one that changes them.
+//!
+//! Monitors send it requests, exports tell it that they have ended; it takes one message at a time and finishes it before
+//! the next. The command line is executed by the same functions, before the task starts to listen.
+//!
+//! | file | commands |
+//! | --- | --- |
+//! | `monitor` | version, commands, schema, quit |
+//! | `blockdev` | `blockdev-add`, `-del`, `block_resize` |
+//! | `query` | what nodes are and did |
+//! | `export` | exports and the NBD server |
+//! | `object` | objects and the tree of objects |
+//! | `chardev` | character devices |
+
+mod blockdev;
+mod chardev;
+mod export;
+mod monitor;
+mod object;
+mod query;
+mod table;
+
+pub use monitor::version_info;
+
+use crate::events::Events;
+use block::Graph;
+use qapi::{Error, Result, Value};
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+
+/// Whether there is a command of that name.
+pub fn command_exists(name: &str) -> bool {
+    table::find(name).is_some()
+}
+
+/// What reaches the control task.
+#[derive(Debug)]
+pub enum Message {
+    /// A command of a monitor. The reply may find nobody any more; the command is carried out all the same.
+    Request {
+        /// The command.
+        name: String,
+        /// Its arguments, an object.
+        arguments: Value,
+        /// Where the result goes.
+        reply: oneshot::Sender<Result<Value>>,
+    },
+    /// The export with this id has no client and no request left.
+    ExportClosed(String),
+    /// The process was asked to end, by a signal or because its only way in has gone.
+    Shutdown,
+}
+
+/// The way to the control task; clones share it.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    sender: mpsc::UnboundedSender<Message>,
+}
+
+impl Handle {
+    /// Carries out a command, after those that were sent before it.
+    ///
+    /// # Errors
+    /// Those of the command; and when the daemon ends before it is its turn.
+    pub async fn request(&self, name: String, arguments: Value) -> Result<Value> {
+        let (reply, result) = oneshot::channel();
+        let gone = |()| Error::generic("The daemon is shutting down");
+        self.sender.send(Message::Request { name, arguments, reply }).map_err(|_| gone(()))?;
+        result.await.map_err(|_| gone(()))?
+    }
+
+    /// Leaves a message.
+    pub fn send(&self, message: Message) {
+        // Nobody listens any more only when the daemon is about to exit, and then nothing needs to be said.
+        let _ = self.sender.send(message);
+    }
+}
+
+/// All state of the control path.
+pub struct Control {
+    graph: Graph,
+    exports: export::Exports,
+    objects: object::Objects,
+    chardevs: crate::chardev::Chardevs,
+    events: Events,
+    handle: Handle,
+    inbox: mpsc::UnboundedReceiver<Message>,
+    quit: bool,
+}
+
+impl Control {
+    /// An empty daemon.
+    pub fn new(events: Events) -> Self {
+        let (sender, inbox) = mpsc::unbounded_channel();
+        Self {
+            graph: Graph::new(Arc::new(drivers::Drivers)),
+            exports: export::Exports::default(),
+            objects: object::Objects::default(),
+            chardevs: crate::chardev::Chardevs::default(),
+            events,
+            handle: Handle { sender },
+            inbox,
+            quit: false,
+        }
+    }
+
+    /// The way to this task.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// The character devices.
+    pub fn chardevs(&mut self) -> &mut crate::chardev::Chardevs {
+        &mut self.chardevs
+    }
+
+    /// Serves until `quit` or [`Message::Shutdown`].
+    pub async fn serve(&mut self) {
+        while !self.quit {
+            let Some(message) = self.inbox.recv().await else { return };
+            self.take(message).await;
+        }
+    }
+
+    async fn take(&mut self, message: Message) {
+        match message {
+            Message::Request { name, arguments, reply } => {
+                let result = self.execute(&name, &arguments).await;
+                let _ = reply.send(result);
+            }
+            Message::ExportClosed(id) => self.export_closed(&id).await,
+            Message::Shutdown => self.quit = true,
+        }
+    }
+
+    /// Carries out one command.
+    async fn execute(&mut self, name: &str, arguments: &Value) -> Result<Value> {
+        let Some(command) = table::find(name) else {
+            return Err(Error::command_not_found(format!("The command {name} has not been found")));
+        };
+        tracing::trace!(target: "control_command", name);
+        (command.run)(self, arguments).await
+    }
+
+    /// Ends everything, users before what they use: exports and servers, nodes, objects.
+    pub async fn shut_down(&mut self) {
+        self.close_exports().await;
+        self.graph.close_all().await;
+        self.close_objects().await;
+    }
+}

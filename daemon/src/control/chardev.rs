@@ -1,0 +1,26 @@
+//! Commands about character devices; the devices themselves are in [`crate::chardev`].
+
+use super::Control;
+use qapi::Result;
+use qapi::types::chardev::{
+    ChardevAdd, ChardevBackendInfo, ChardevBackendKind, ChardevInfo, ChardevRemove, ChardevReturn, QueryChardev,
+    QueryChardevBackends,
+};
+
+impl Control {
+    pub(super) async fn chardev_add(&mut self, args: ChardevAdd) -> Result<ChardevReturn> {
+        self.chardevs.add(&args.id, &args.backend).await
+    }
+
+    pub(super) async fn chardev_remove(&mut self, args: ChardevRemove) -> Result<()> {
+        self.chardevs.remove(&args.id).await
+    }
+
+    pub(super) async fn query_chardev(&mut self, _: QueryChardev) -> Result<Vec<ChardevInfo>> {
+        Ok(self.chardevs.query())
+    }
+
+    pub(super) async fn query_chardev_backends(&mut self, _: QueryChardevBackends) -> Result<Vec<ChardevBackendInfo>> {
+        Ok(ChardevBackendKind::ALL.iter().map(|kind| ChardevBackendInfo { name: kind.as_str().to_owned() }).collect())
+    }
+}

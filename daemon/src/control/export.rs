@@ -1,0 +1,248 @@
+//! Exports, and the NBD server that some of them need.
+//!
+//! An export is made in three steps that can each fail (name, disk, service) and ends in two: it is asked to shut down, and
+//! when its last client has gone its disk is taken back and everybody is told.
+
+use super::{Control, Message};
+use block::disk::DiskOptions;
+use block::{Disk, Node};
+use export::Export;
+use export::nbd::{NbdExport, NbdExportOptions, NbdServer, NbdServerParams};
+use io::IoThread;
+use io::socket;
+use qapi::types::export::{
+    BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOptions,
+    BlockExportOptionsNbd, BlockExportRemoveMode, BlockExportType, BlockExportVariant, NbdServerAddOptions,
+    NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove, NbdServerStop, QueryBlockExports,
+};
+use qapi::{Error, Result};
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+struct Entry {
+    export: Arc<dyn Export>,
+    disk: Disk,
+    node_name: String,
+}
+
+/// All exports, oldest first, and the NBD server.
+#[derive(Default)]
+pub(super) struct Exports {
+    list: Vec<Entry>,
+    nbd: Option<NbdServer>,
+}
+
+impl Exports {
+    fn nbd(&self) -> Result<&NbdServer> {
+        self.nbd.as_ref().ok_or_else(|| Error::generic("NBD server not running"))
+    }
+
+    fn find(&self, id: &str) -> Result<&Entry> {
+        let found = self.list.iter().find(|entry| entry.export.id() == id);
+        found.ok_or_else(|| Error::generic(format!("Export '{id}' is not found")))
+    }
+}
+
+/// Whether the export has closed already.
+async fn has_closed(export: &dyn Export) -> bool {
+    let mut closed = pin!(export.closed());
+    poll_fn(|cx| Poll::Ready(closed.as_mut().poll(cx).is_ready())).await
+}
+
+impl Control {
+    pub(super) async fn nbd_server_start(&mut self, args: NbdServerOptionsLegacy) -> Result<()> {
+        self.start_nbd_server(args.into()).await
+    }
+
+    /// `nbd-server-start` and `--nbd-server`.
+    pub async fn start_nbd_server(&mut self, options: NbdServerOptions) -> Result<()> {
+        if self.exports.nbd.is_some() {
+            return Err(Error::generic("NBD server already running"));
+        }
+        let listeners = socket::listen(&options.addr).await?;
+        let seconds = u64::from(options.handshake_max_seconds);
+        let params = NbdServerParams {
+            handshake_limit: (seconds > 0).then(|| Duration::from_secs(seconds)),
+            max_connections: options.max_connections,
+        };
+        self.exports.nbd = Some(NbdServer::start(listeners, params));
+        Ok(())
+    }
+
+    pub(super) async fn nbd_server_stop(&mut self, _: NbdServerStop) -> Result<()> {
+        let server = self.exports.nbd.take().ok_or_else(|| Error::generic("NBD server not running"))?;
+        for export in server.stop().await {
+            self.export_closed(export.id()).await;
+        }
+        Ok(())
+    }
+
+    /// `block-export-add` and `--export`.
+    pub async fn block_export_add(&mut self, options: BlockExportOptions) -> Result<()> {
+        if !qapi::opts::is_identifier(&options.id) {
+            return Err(Error::generic("Invalid block export id"));
+        }
+        if self.exports.find(&options.id).is_ok() {
+            return Err(Error::generic(format!("Block export id '{}' is already in use", options.id)));
+        }
+        let node = self.graph.find(None, Some(&options.node_name))?;
+        let threads = self.threads_for(&options)?;
+        if options.writable && node.options().read_only {
+            return Err(Error::generic("Cannot export read-only node as writable"));
+        }
+        let BlockExportVariant::Nbd(nbd) = &options.export;
+        self.exports.nbd()?;
+        let disk_options = DiskOptions {
+            label: format!("block export '{}'", options.id),
+            perms: NbdExport::permissions(options.writable),
+            writethrough: options.writethrough,
+        };
+        let disk = self.graph.attach(&node, &disk_options).await?;
+        match self.add_nbd(&options, nbd, &node, &disk, threads) {
+            Ok(export) => {
+                self.watch(&*export);
+                self.exports.list.push(Entry { export, disk, node_name: node.name().to_owned() });
+                Ok(())
+            }
+            Err(error) => {
+                self.graph.detach(disk).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Nodes have no home thread, so that an export's threads are its own affair and `fixed-iothread` always holds.
+    fn threads_for(&self, options: &BlockExportOptions) -> Result<Vec<Arc<IoThread>>> {
+        match &options.iothread {
+            None => Ok(Vec::new()),
+            Some(BlockExportIothreads::Single(id)) => Ok(vec![self.objects.iothread(id)?]),
+            Some(BlockExportIothreads::Multi(ids)) if ids.is_empty() => {
+                Err(Error::generic("The list of I/O threads must not be empty"))
+            }
+            Some(BlockExportIothreads::Multi(_)) if options.fixed_iothread => {
+                Err(Error::generic("Cannot use fixed-iothread for a multi-threaded export"))
+            }
+            Some(BlockExportIothreads::Multi(ids)) => ids.iter().map(|id| self.objects.iothread(id)).collect(),
+        }
+    }
+
+    fn add_nbd(
+        &self,
+        options: &BlockExportOptions,
+        nbd: &BlockExportOptionsNbd,
+        node: &Node,
+        disk: &Disk,
+        threads: Vec<Arc<IoThread>>,
+    ) -> Result<Arc<NbdExport>> {
+        self.exports.nbd()?.add(NbdExportOptions {
+            id: options.id.clone(),
+            name: nbd.base.name.clone().unwrap_or_else(|| node.name().to_owned()),
+            description: nbd.base.description.clone(),
+            writable: options.writable,
+            allocation_depth: nbd.allocation_depth,
+            disk: disk.clone(),
+            threads,
+        })
+    }
+
+    /// Sends a message to this task when the export has closed.
+    fn watch(&self, export: &dyn Export) {
+        let (closed, id, handle) = (export.closed(), export.id().to_owned(), self.handle());
+        tokio::task::spawn_local(async move {
+            closed.await;
+            handle.send(Message::ExportClosed(id));
+        });
+    }
+
+    pub(super) async fn block_export_del(&mut self, args: BlockExportDel) -> Result<()> {
+        let entry = self.exports.find(&args.id)?;
+        if entry.export.is_shutting_down() {
+            return Err(Error::generic(format!("Export '{}' is already shutting down", args.id)));
+        }
+        if args.mode == BlockExportRemoveMode::Safe && entry.export.clients() > 0 {
+            let hint = "Use mode='hard' to force client disconnect";
+            return Err(Error::generic(format!("export '{}' still in use", args.id)).with_hint(hint));
+        }
+        entry.export.request_shutdown();
+        // Without clients it is gone at once, and so is its event before the reply.
+        if has_closed(&*Arc::clone(&entry.export)).await {
+            self.export_closed(&args.id).await;
+        }
+        Ok(())
+    }
+
+    /// The last step of an export's life; said twice, it does nothing the second time.
+    pub(super) async fn export_closed(&mut self, id: &str) {
+        let found = self.exports.list.iter().position(|e| e.export.id() == id && e.export.is_shutting_down());
+        let Some(at) = found else { return };
+        let entry = self.exports.list.remove(at);
+        if let Some(server) = &self.exports.nbd
+            && let Some(nbd) = server.exports().into_iter().find(|nbd| nbd.id() == id)
+        {
+            server.forget(&nbd);
+        }
+        drop(entry.export);
+        self.graph.detach(entry.disk).await;
+        self.events.emit(&BlockExportDeleted { id: id.to_owned() });
+    }
+
+    /// Ends all exports and the servers, and waits for their clients to be gone.
+    pub(super) async fn close_exports(&mut self) {
+        if self.exports.nbd.is_some() {
+            // It runs, so it can be stopped.
+            let _ = self.nbd_server_stop(NbdServerStop).await;
+        }
+        while let Some(entry) = self.exports.list.first() {
+            let export = Arc::clone(&entry.export);
+            export.request_shutdown();
+            export.closed().await;
+            self.export_closed(export.id()).await;
+        }
+    }
+
+    pub(super) async fn query_block_exports(&mut self, _: QueryBlockExports) -> Result<Vec<BlockExportInfo>> {
+        let info = |entry: &Entry| BlockExportInfo {
+            id: entry.export.id().to_owned(),
+            ty: BlockExportType::Nbd,
+            node_name: entry.node_name.clone(),
+            shutting_down: entry.export.is_shutting_down(),
+        };
+        Ok(self.exports.list.iter().rev().map(info).collect())
+    }
+
+    /// The older way: the export's id is its name, and a node that cannot be written to is exported read-only.
+    pub(super) async fn nbd_server_add(&mut self, args: NbdServerAddOptions) -> Result<()> {
+        self.exports.nbd()?;
+        let node = self.graph.find(Some(&args.device), Some(&args.device))?;
+        let name = args.base.name.clone().unwrap_or_else(|| args.device.clone());
+        let writable = args.writable && !node.options().read_only;
+        let base = export_name(args.base, &name);
+        self.block_export_add(BlockExportOptions {
+            export: BlockExportVariant::Nbd(BlockExportOptionsNbd { base, allocation_depth: false }),
+            id: name,
+            fixed_iothread: false,
+            iothread: None,
+            node_name: args.device,
+            writable,
+            writethrough: false,
+            allow_inactive: false,
+        })
+        .await
+    }
+
+    pub(super) async fn nbd_server_remove(&mut self, args: NbdServerRemove) -> Result<()> {
+        self.exports.nbd()?;
+        self.exports.find(&args.name)?;
+        self.block_export_del(BlockExportDel { id: args.name, mode: args.mode }).await
+    }
+}
+
+fn export_name(
+    base: qapi::types::export::BlockExportOptionsNbdBase,
+    name: &str,
+) -> qapi::types::export::BlockExportOptionsNbdBase {
+    qapi::types::export::BlockExportOptionsNbdBase { name: Some(name.to_owned()), ..base }
+}

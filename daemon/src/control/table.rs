@@ -1,0 +1,79 @@
+//! The table of commands, and of events: what stands here exists, in `query-commands` and in `query-qmp-schema`.
+
+use super::Control;
+use block::driver::LocalFuture;
+use qapi::def::CommandDef;
+use qapi::schema::Schema;
+use qapi::types::introspect::SchemaInfo;
+use qapi::types::{block::*, block_query::*, chardev::*, control::*, export::*, qom::*};
+use qapi::{Command, Event, Qapi, Result, Value};
+
+/// A command: what it is, and what carries it out.
+pub struct Row {
+    /// Name, arguments, documentation.
+    pub def: fn() -> &'static CommandDef,
+    /// Reads the arguments and does it.
+    pub run: for<'a> fn(&'a mut Control, &'a Value) -> LocalFuture<'a, Result<Value>>,
+}
+
+macro_rules! commands {
+    ($($args:ty => $method:ident,)*) => {
+        &[$(Row {
+            def: <$args as Command>::command,
+            run: |control, arguments| Box::pin(async move {
+                let arguments = <$args>::from_value(arguments)?;
+                let result: <$args as Command>::Ret = control.$method(arguments).await?;
+                Ok(result.to_value())
+            }),
+        },)*]
+    };
+}
+
+/// All commands. `qmp_capabilities` belongs to the session of a monitor, which knows whether it may be used; a request that
+/// reaches the control task comes too late.
+pub const COMMANDS: &[Row] = commands! {
+    QmpCapabilities => qmp_capabilities,
+    QueryVersion => query_version,
+    QueryCommands => query_commands,
+    QueryQmpSchema => query_qmp_schema,
+    Quit => quit,
+    ObjectOptions => object_add,
+    ObjectDel => object_del,
+    QomList => qom_list,
+    QomGet => qom_get,
+    QomSet => qom_set,
+    QomListTypes => qom_list_types,
+    QomListProperties => qom_list_properties,
+    ChardevAdd => chardev_add,
+    ChardevRemove => chardev_remove,
+    QueryChardev => query_chardev,
+    QueryChardevBackends => query_chardev_backends,
+    BlockdevOptions => blockdev_add,
+    BlockdevDel => blockdev_del,
+    BlockResize => block_resize,
+    QueryBlock => query_block,
+    QueryNamedBlockNodes => query_named_block_nodes,
+    QueryBlockstats => query_blockstats,
+    XDebugQueryBlockGraph => x_debug_query_block_graph,
+    NbdServerOptionsLegacy => nbd_server_start,
+    NbdServerAddOptions => nbd_server_add,
+    NbdServerRemove => nbd_server_remove,
+    NbdServerStop => nbd_server_stop,
+    BlockExportOptions => block_export_add,
+    BlockExportDel => block_export_del,
+    QueryBlockExports => query_block_exports,
+};
+
+/// All events.
+pub const EVENTS: &[fn() -> &'static qapi::def::EventDef] = &[<BlockExportDeleted as Event>::event];
+
+/// The command of that name.
+pub fn find(name: &str) -> Option<&'static Row> {
+    COMMANDS.iter().find(|row| (row.def)().name == name)
+}
+
+/// The answer of `query-qmp-schema`.
+pub fn schema() -> Vec<SchemaInfo> {
+    let schema = COMMANDS.iter().fold(Schema::new(), |schema, row| schema.add_command((row.def)()));
+    EVENTS.iter().fold(schema, |schema, event| schema.add_event(event())).build()
+}
