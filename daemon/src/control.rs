@@ -21,6 +21,8 @@ mod query;
 mod table;
 
 pub use monitor::version_info;
+#[cfg(test)]
+pub use table::schema;
 
 use crate::events::Events;
 use block::Graph;

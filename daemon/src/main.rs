@@ -8,6 +8,8 @@
 mod chardev;
 mod cli;
 mod control;
+#[cfg(test)]
+mod docs;
 mod events;
 mod monitor;
 mod pidfile;

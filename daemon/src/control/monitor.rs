@@ -28,7 +28,7 @@ impl Control {
     }
 
     pub(super) async fn query_qmp_schema(&mut self, _: QueryQmpSchema) -> Result<Vec<SchemaInfo>> {
-        Ok(table::schema())
+        Ok(table::schema().build())
     }
 
     pub(super) async fn quit(&mut self, _: Quit) -> Result<()> {

@@ -4,7 +4,6 @@ use super::Control;
 use block::driver::LocalFuture;
 use qapi::def::CommandDef;
 use qapi::schema::Schema;
-use qapi::types::introspect::SchemaInfo;
 use qapi::types::{block::*, block_query::*, chardev::*, control::*, export::*, qom::*};
 use qapi::{Command, Event, Qapi, Result, Value};
 
@@ -72,8 +71,8 @@ pub fn find(name: &str) -> Option<&'static Row> {
     COMMANDS.iter().find(|row| (row.def)().name == name)
 }
 
-/// The answer of `query-qmp-schema`.
-pub fn schema() -> Vec<SchemaInfo> {
+/// What `query-qmp-schema` tells.
+pub fn schema() -> Schema {
     let schema = COMMANDS.iter().fold(Schema::new(), |schema, row| schema.add_command((row.def)()));
-    EVENTS.iter().fold(schema, |schema, event| schema.add_event(event())).build()
+    EVENTS.iter().fold(schema, |schema, event| schema.add_event(event()))
 }
