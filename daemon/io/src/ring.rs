@@ -59,8 +59,7 @@ pub(crate) struct Ring {
 
 struct Inner {
     uring: IoUring,
-    slots: Vec<Slot>,
-    free: Vec<usize>,
+    slab: Slab,
     /// Pushed and not taken by the kernel yet, in order.
     unsubmitted: VecDeque<usize>,
     /// Taken by the kernel and not completed yet.
@@ -69,7 +68,14 @@ struct Inner {
     task: Option<Waker>,
     /// The kernel refuses submissions for good; new operations go elsewhere.
     dead: bool,
-    /// Scratch for completions, so that wakers and destructors run outside the borrow.
+}
+
+/// The operations of a ring; their keys are the `user_data` of its entries.
+#[derive(Default)]
+struct Slab {
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// Who is to be woken and what is to be freed, once nobody borrows this.
     ended: Vec<(Option<Waker>, Hold)>,
 }
 
@@ -124,16 +130,8 @@ impl Ring {
         if !uring.params().is_feature_nodrop() || !needed.iter().all(|op| probe.is_supported(*op)) {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring lacks the operations of Linux 5.6"));
         }
-        let inner = Inner {
-            uring,
-            slots: Vec::new(),
-            free: Vec::new(),
-            unsubmitted: VecDeque::new(),
-            in_flight: 0,
-            task: None,
-            dead: false,
-            ended: Vec::new(),
-        };
+        let inner =
+            Inner { uring, slab: Slab::default(), unsubmitted: VecDeque::new(), in_flight: 0, task: None, dead: false };
         Ok(Rc::new(Self { inner: RefCell::new(inner) }))
     }
 
@@ -146,17 +144,17 @@ impl Ring {
         if inner.dead {
             return Err(request);
         }
-        if inner.uring.submission().is_full() {
+        if inner.unsubmitted.len() >= ENTRIES as usize {
             drop(inner);
             self.turn();
             inner = self.inner.borrow_mut();
-            if inner.dead || inner.uring.submission().is_full() {
+            if inner.dead || inner.unsubmitted.len() >= ENTRIES as usize {
                 return Err(request);
             }
         }
         let (entry, mut hold) = prepare(fd.raw(), request);
         hold.fd = Some(Arc::clone(fd));
-        let key = inner.insert(hold);
+        let key = inner.slab.insert(hold);
         let entry = entry.user_data(key as u64);
         // SAFETY: the entry points into memory that the slot keeps alive until the completion of this key is reaped: the
         // segments of an IoBuf (fixed addresses while a clone lives) and the heap block of the iovecs. The descriptor is open
@@ -198,8 +196,8 @@ impl Ring {
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
                 // The kernel is short of memory or has completions to hand over first: try again at the task's next turn.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN | libc::ENOMEM)) => {}
-                Err(e) => {
-                    inner.give_up(e.raw_os_error().unwrap_or(libc::EIO));
+                Err(_) => {
+                    inner.give_up();
                     break;
                 }
             }
@@ -257,10 +255,10 @@ impl Ring {
 
     /// Wakes and frees what ended, outside the borrow: a waker or a destructor may come back to the ring.
     fn finish(&self, mut inner: RefMut<'_, Inner>) {
-        if inner.ended.is_empty() {
+        if inner.slab.ended.is_empty() {
             return;
         }
-        let mut ended = std::mem::take(&mut inner.ended);
+        let mut ended = std::mem::take(&mut inner.slab.ended);
         drop(inner);
         for (waker, hold) in ended.drain(..) {
             drop(hold);
@@ -269,8 +267,8 @@ impl Ring {
             }
         }
         let mut inner = self.inner.borrow_mut();
-        if inner.ended.is_empty() {
-            inner.ended = ended;
+        if inner.slab.ended.is_empty() {
+            inner.slab.ended = ended;
         }
     }
 
@@ -294,7 +292,7 @@ impl Drop for Ring {
     fn drop(&mut self) {
         self.drain();
         let inner = self.inner.get_mut();
-        for slot in inner.slots.drain(..) {
+        for slot in inner.slab.slots.drain(..) {
             if let Slot::Running(hold, _) | Slot::Abandoned(hold) = slot {
                 // Only on a ring that died: the kernel may still write there, so the memory stays for good.
                 std::mem::forget(hold);
@@ -312,7 +310,7 @@ impl AsRawFd for RingFd {
     }
 }
 
-impl Inner {
+impl Slab {
     fn insert(&mut self, hold: Hold) -> usize {
         let slot = Slot::Running(hold, None);
         if let Some(key) = self.free.pop()
@@ -346,22 +344,24 @@ impl Inner {
             }
         }
     }
+}
 
+impl Inner {
     fn drain_completions(&mut self) {
-        loop {
-            let Some(cqe) = self.uring.completion().next() else { break };
+        for cqe in self.uring.completion() {
             self.in_flight = self.in_flight.saturating_sub(1);
             if let Ok(key) = usize::try_from(cqe.user_data()) {
-                self.complete(key, cqe.result());
+                self.slab.complete(key, cqe.result());
             }
         }
     }
 
-    /// Fails what the kernel has not taken, which it will never see: nothing is submitted again.
-    fn give_up(&mut self, errno: i32) {
+    /// Takes the ring out of use. What the kernel has not taken it will never see, as nothing is submitted again: those
+    /// operations end with EAGAIN, which sends them to the pool.
+    fn give_up(&mut self) {
         self.dead = true;
         for key in std::mem::take(&mut self.unsubmitted) {
-            self.complete(key, -errno);
+            self.slab.complete(key, -libc::EAGAIN);
         }
     }
 }
@@ -444,7 +444,7 @@ impl Future for Operation {
             return Poll::Ready(Err(Errno::EIO));
         }
         let mut inner = self.ring.inner.borrow_mut();
-        let result = match inner.slots.get_mut(key) {
+        let result = match inner.slab.slots.get_mut(key) {
             Some(Slot::Done(result)) => *result,
             Some(Slot::Running(_, waker)) => {
                 if waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
@@ -457,8 +457,8 @@ impl Future for Operation {
             }
             _ => return Poll::Ready(Err(Errno::EIO)),
         };
-        inner.replace(key, Slot::Free);
-        inner.free.push(key);
+        inner.slab.replace(key, Slot::Free);
+        inner.slab.free.push(key);
         drop(inner);
         self.taken = true;
         Poll::Ready(usize::try_from(result).map_err(|_| Errno::from_raw(result.wrapping_neg())))
@@ -471,16 +471,16 @@ impl Drop for Operation {
             return;
         }
         let mut inner = self.ring.inner.borrow_mut();
-        match inner.replace(self.key, Slot::Free) {
+        match inner.slab.replace(self.key, Slot::Free) {
             // The kernel still has it: keep what it uses until the completion.
             Slot::Running(hold, waker) => {
-                inner.replace(self.key, Slot::Abandoned(hold));
+                inner.slab.replace(self.key, Slot::Abandoned(hold));
                 drop(inner);
                 drop(waker);
             }
-            Slot::Done(_) => inner.free.push(self.key),
+            Slot::Done(_) => inner.slab.free.push(self.key),
             other => {
-                inner.replace(self.key, other);
+                inner.slab.replace(self.key, other);
             }
         }
     }

@@ -136,7 +136,7 @@ pub struct BlockdevOptionsNull {
     pub size: Option<i64>,
     /// Nanoseconds that each request takes.
     pub latency_ns: Option<u64>,
-    /// Reads return zeroes; otherwise they leave the buffer as it was.
+    /// Block status says that it reads as zeroes. It does so in any case: memory that another client used is never shown.
     #[qapi(default)]
     pub read_zeroes: bool,
 }
