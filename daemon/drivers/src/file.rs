@@ -112,13 +112,31 @@ impl FileDriver {
             // Not every device knows the call; none of those has a cache.
             Err(Errno::EINVAL | Errno::ENOTSUP) if matches!(self.medium, Medium::Char) => Ok(()),
             Err(errno) => {
-                // EAGAIN is ours: no thread to make the call. With O_DIRECT there are no pages to lose.
-                if errno != Errno::EAGAIN && !file.is_direct() {
-                    let _ = self.lost.compare_exchange(0, errno as i32, Ordering::AcqRel, Ordering::Acquire);
+                // EAGAIN is ours: no thread to make the call.
+                if errno != Errno::EAGAIN {
+                    self.remember_loss(file, errno);
                 }
                 Err(errno)
             }
             Ok(()) => Ok(()),
+        }
+    }
+
+    fn remember_loss(&self, file: &File, errno: Errno) {
+        // With O_DIRECT there are no pages to lose.
+        if !file.is_direct() {
+            let _ = self.lost.compare_exchange(0, errno as i32, Ordering::AcqRel, Ordering::Acquire);
+        }
+    }
+
+    /// A durable write failed: the kernel may have told us in passing, and only us, that it could not write earlier pages.
+    async fn durable_write_failed(&self, file: &File, at: u64, buf: &IoBuf, errno: Errno) {
+        match errno {
+            // It did not get as far as writing anything.
+            Errno::EAGAIN | Errno::EINVAL | Errno::EBADF | Errno::EPERM | Errno::EFBIG => {}
+            // A full file system refuses an ordinary write as well, and has lost nothing.
+            Errno::ENOSPC | Errno::EDQUOT if file.write_at(at, buf, false).await.is_err() => {}
+            _ => self.remember_loss(file, errno),
         }
     }
 
@@ -193,7 +211,13 @@ impl Driver for FileDriver {
                 cannot(&self.able.dsync);
                 file.write_at(at, buf, false).await?;
             }
-            other => other?,
+            Err(errno) => {
+                if dsync {
+                    self.durable_write_failed(&file, at, buf, errno).await;
+                }
+                return Err(errno);
+            }
+            Ok(()) => {}
         }
         self.reached(at.saturating_add(u64::try_from(buf.len()).unwrap_or(u64::MAX)));
         if flags.fua && !can(&self.able.dsync) { self.sync(&file).await } else { Ok(()) }

@@ -48,6 +48,24 @@ impl Drop for Liar {
 }
 
 #[test]
+fn a_failed_durable_write_is_remembered_by_flushes() {
+    let Some(liar) = Liar::new() else { return };
+    let device = liar.device.clone().unwrap();
+    on_thread(RingUse::Auto, move || async move {
+        let mut g = graph();
+        let json = json!({ "driver": "host_device", "node-name": "d", "filename": device });
+        g.add(&options(&json)).await.unwrap();
+        let disk = attach(&mut g, "d", writer()).await.unwrap();
+        let ones = IoBuf::alloc(4 << 20);
+        ones.fill(1);
+        assert_eq!(disk.write(0, &ones, WriteFlags::FUA).await, Err(Errno::EIO));
+        assert_eq!(disk.flush().await, Err(Errno::EIO));
+        g.detach(disk).await;
+        g.close_all().await;
+    });
+}
+
+#[test]
 fn a_failed_flush_is_remembered() {
     for auto_read_only in [false, true] {
         let Some(liar) = Liar::new() else { return };
