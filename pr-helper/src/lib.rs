@@ -25,3 +25,4 @@ pub mod run;
 mod scsi_device;
 pub mod server;
 pub mod sg_io;
+pub mod trace;

@@ -30,13 +30,12 @@ impl Made {
 }
 
 /// The first descriptor that no service manager passed to this process.
-pub fn first_unannounced() -> i32 {
-    FIRST_PASSED + i32::try_from(ListenFd::from_env().len()).unwrap_or(0)
+pub fn first_unannounced(passed: &ListenFd) -> i32 {
+    FIRST_PASSED + i32::try_from(passed.len()).unwrap_or(0)
 }
 
 /// The socket of the service manager, or a new one; with the path to remove at the end.
-pub fn listener(options: &Options) -> Result<(UnixListener, Option<Made>), String> {
-    let mut passed = ListenFd::from_env();
+pub fn listener(options: &Options, mut passed: ListenFd) -> Result<(UnixListener, Option<Made>), String> {
     match passed.len() {
         0 => bind(options).map(|(listener, made)| (listener, Some(made))),
         1 if options.socket.is_some() => Err("Unix socket can't be set when using socket activation".into()),

@@ -5,9 +5,11 @@
 
 use crate::device::Number;
 use crate::policy::Peer;
+use crate::trace::{Event, Trace};
 use ipc::classic::Reply;
 use ipc::scsi::{Action, Key, Sense, status};
 use serde::Serialize;
+use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,24 +33,36 @@ pub enum Audit {
 /// Takes lines; any thread has one.
 #[derive(Debug, Clone)]
 pub struct Log {
-    queue: SyncSender<String>,
+    queue: SyncSender<Line>,
     dropped: Arc<AtomicU64>,
     audit: Audit,
     verbose: bool,
+    events: Arc<[Event]>,
+}
+
+/// A line, with its end.
+#[derive(Debug)]
+enum Line {
+    /// For standard error.
+    Message(String),
+    /// For where `--trace` says.
+    Trace(String),
 }
 
 /// The other end: [`Writer::run`] on the thread that writes.
 #[derive(Debug)]
 pub struct Writer {
-    queue: Receiver<String>,
+    queue: Receiver<Line>,
     dropped: Arc<AtomicU64>,
+    trace: Option<File>,
 }
 
 /// A new log.
-pub fn new(audit: Audit, verbose: bool) -> (Log, Writer) {
+pub fn new(audit: Audit, verbose: bool, trace: Trace) -> (Log, Writer) {
     let (sender, receiver) = sync_channel(QUEUE);
     let dropped = Arc::new(AtomicU64::new(0));
-    (Log { queue: sender, dropped: dropped.clone(), audit, verbose }, Writer { queue: receiver, dropped })
+    let log = Log { queue: sender, dropped: dropped.clone(), audit, verbose, events: trace.events.into() };
+    (log, Writer { queue: receiver, dropped, trace: trace.file })
 }
 
 impl Writer {
@@ -61,7 +75,10 @@ impl Writer {
             if dropped != 0 {
                 let _ = stderr.write_all(format!("qemu-pr-helper: {dropped} lines lost\n").as_bytes());
             }
-            let _ = stderr.write_all(line.as_bytes());
+            let _ = match (&line, &self.trace) {
+                (Line::Trace(text), Some(file)) => (&mut &*file).write_all(text.as_bytes()),
+                (Line::Trace(text) | Line::Message(text), _) => stderr.write_all(text.as_bytes()),
+            };
         }
     }
 }
@@ -90,7 +107,7 @@ pub struct Entry<'a> {
 /// The audit line, member by member.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Line<'a> {
+struct AuditLine<'a> {
     /// Seconds since 1970, to the microsecond.
     time: String,
     pid: i32,
@@ -113,7 +130,7 @@ struct Line<'a> {
 }
 
 impl Log {
-    fn put(&self, line: String) {
+    fn put(&self, line: Line) {
         if self.queue.try_send(line).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
@@ -121,13 +138,20 @@ impl Log {
 
     /// An error or a warning.
     pub fn message(&self, text: &str) {
-        self.put(format!("qemu-pr-helper: {text}\n"));
+        self.put(Line::Message(format!("qemu-pr-helper: {text}\n")));
     }
 
     /// A message for `--verbose`.
     pub fn verbose(&self, text: impl FnOnce() -> String) {
         if self.verbose {
             self.message(&text());
+        }
+    }
+
+    /// The line of an event, if it is on.
+    pub fn trace(&self, event: Event, text: impl FnOnce() -> String) {
+        if self.events.contains(&event) {
+            self.put(Line::Trace(format!("{} {}\n", event.name(), text())));
         }
     }
 
@@ -141,7 +165,7 @@ impl Log {
         let sense = (entry.reply.status == status::CHECK_CONDITION)
             .then(|| Sense::decode(&entry.reply.sense).map(|s| s.to_string()))
             .flatten();
-        let line = Line {
+        let line = AuditLine {
             time: format!("{}.{:06}", now.as_secs(), now.subsec_micros()),
             pid: entry.peer.pid,
             uid: entry.peer.uid,
@@ -157,7 +181,7 @@ impl Log {
             milliseconds: u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX),
         };
         if let Ok(text) = serde_json::to_string(&line) {
-            self.put(text + "\n");
+            self.put(Line::Message(text + "\n"));
         }
     }
 }
@@ -178,12 +202,15 @@ mod tests {
         let peer = Peer { pid: 1, uid: 2, gid: 3, unit: Some("a\"b.service".into()) };
         let reply = Reply::check(Sense::ACCESS_DENIED);
         for (audit, expected) in [(Audit::Off, 0), (Audit::Changes, 1), (Audit::All, 2)] {
-            let (log, writer) = new(audit, false);
+            let (log, writer) = new(audit, false, Trace::default());
             log.command(&entry(&peer, &reply, true));
             log.command(&entry(&peer, &reply, false));
             drop(log);
+            let text = |line| match line {
+                Line::Message(text) | Line::Trace(text) => text,
+            };
             let lines: Vec<serde_json::Value> =
-                writer.queue.iter().map(|line| serde_json::from_str(&line).unwrap()).collect();
+                writer.queue.iter().map(|line| serde_json::from_str(&text(line)).unwrap()).collect();
             assert_eq!(lines.len(), expected);
             if let Some(line) = lines.first() {
                 assert_eq!(line["action"], "clear");
@@ -197,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_does_not_block() {
-        let (log, writer) = new(Audit::All, true);
+        let (log, writer) = new(Audit::All, true, Trace::default());
         for _ in 0..QUEUE + 5 {
             log.message("x");
         }

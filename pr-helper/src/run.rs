@@ -11,6 +11,8 @@ use crate::options::{Options, Sandbox};
 use crate::policy::Policy;
 use crate::pool::{self, Workers};
 use crate::server::Server;
+use crate::trace::{self, Trace};
+use listenfd::ListenFd;
 use sandbox::files::Rule;
 use sandbox::identity::Identity;
 use sandbox::syscall::{Filters, Mode};
@@ -18,7 +20,7 @@ use sandbox::{Capability, Plan};
 use sd_notify::NotifyState;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::UnixListener;
@@ -28,28 +30,36 @@ use tokio::sync::{Semaphore, watch};
 /// Descriptors beside connections and requests: standard ones, sockets, the event loop.
 const OWN_FILES: u64 = 64;
 
+/// How long the process waits at its end for its last lines to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
 /// The stack of a thread that waits for a device.
 const WORKER_STACK: usize = 256 * 1024;
 
 /// Serves until a signal ends it; the error is a message for standard error.
 pub fn run(options: &Options) -> Result<(), String> {
     // What the options say, before anything is touched.
+    if trace::help(&options.trace, &mut std::io::stdout()).map_err(|e| e.to_string())? {
+        return Ok(());
+    }
+    let trace = Trace::new(&options.trace)?;
     let identity = identity(options)?;
     let text = options.policy.as_ref().map(std::fs::read_to_string).transpose();
     let text = text.map_err(|e| format!("cannot read the policy: {e}"))?;
     let policy = Policy::new(text.as_deref(), &options.allow, &options.deny).map_err(|e| format!("policy: {e}"))?;
 
     // 1. What was inherited: its useful part is read, the rest goes.
-    sandbox::process::close_inherited(listen::first_unannounced()).map_err(|e| e.to_string())?;
+    let passed = ListenFd::from_env();
+    sandbox::process::close_inherited(listen::first_unannounced(&passed)).map_err(|e| e.to_string())?;
     let manager = Manager::connect().map_err(|e| format!("cannot connect to the service manager: {e}"))?;
-    let (listener, socket) = listen::listener(options)?;
+    let (listener, socket) = listen::listener(options, passed)?;
     sandbox::process::clear_environment().map_err(|e| e.to_string())?;
 
     // 2. What the options name. The process that goes on in the background is the one that opens the rest.
     let pidfile = options.pidfile().map(std::path::absolute).transpose().map_err(|e| format!("pid file: {e}"))?;
     let background = options.daemon.then(sandbox::process::background).transpose().map_err(|e| e.to_string())?;
     let pidfile = pidfile.as_deref().map(listen::pidfile).transpose()?;
-    let (log, writer) = log::new(options.audit(), options.verbose);
+    let (log, writer) = log::new(options.audit(), options.verbose, trace);
     let deadline = Duration::from_secs(options.timeout);
     // The kernel gives up first, so that a thread is free again when its client has its answer.
     let executor = Executor::new(deadline * 3 / 4).map_err(|e| format!("cannot open /proc/devices: {e}"))?;
@@ -75,7 +85,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     let report = report.map_err(|e| e.to_string())?;
     // 8. System calls: each thread enters its filter as its first act, this one last.
     let filters = Arc::new(filters(options, &policy, &made)?);
-    start_threads(writer, workers, threads, &filters)?;
+    let written = start_threads(writer, workers, threads, &filters)?;
     enter(&filters, "wire")?;
     log.verbose(|| {
         format!(
@@ -104,6 +114,9 @@ pub fn run(options: &Options) -> Result<(), String> {
             log.message(&message);
         }
     }
+    // The last lines are written when the last of those that write is gone; whoever reads them may be gone too.
+    drop(log);
+    let _ = written.recv_timeout(LAST_LINES);
     Ok(())
 }
 
@@ -148,13 +161,14 @@ fn enter(filters: &Option<Filters>, role: &'static str) -> Result<(), String> {
     filters.as_ref().map_or(Ok(()), |filters| filters.enter(role)).map_err(|e| e.to_string())
 }
 
-/// Starts the logger and the workers; returns when all are under their filters.
+/// Starts the logger and the workers; returns when all are under their filters. What it returns disconnects when the
+/// logger has written everything.
 fn start_threads(
     writer: log::Writer,
     workers: Workers,
     threads: usize,
     filters: &Arc<Option<Filters>>,
-) -> Result<(), String> {
+) -> Result<Receiver<()>, String> {
     type Entered = Sender<Result<(), String>>;
     let (entered, all) = channel();
     let start = |role: &'static str, entered: Entered, work: Box<dyn FnOnce() + Send>| {
@@ -172,13 +186,19 @@ fn start_threads(
         });
         thread.map(drop).map_err(|e| format!("cannot start a thread: {e}"))
     };
-    start("logger", entered.clone(), Box::new(|| writer.run()))?;
+    let (writing, written) = channel();
+    let log = move || {
+        writer.run();
+        drop(writing);
+    };
+    start("logger", entered.clone(), Box::new(log))?;
     for _ in 0..threads {
         let workers = workers.clone();
         start("worker", entered.clone(), Box::new(|| workers.run()))?;
     }
     drop(entered);
-    all.into_iter().collect()
+    all.into_iter().collect::<Result<(), String>>()?;
+    Ok(written)
 }
 
 /// The signals that end the process.

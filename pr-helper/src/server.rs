@@ -8,10 +8,11 @@ use crate::device::Device;
 use crate::log::{Entry, Log};
 use crate::policy::{Peer, Policy, Question};
 use crate::pool::Pool;
+use crate::trace::Event;
 use crate::{classic, frames, peer};
 use ipc::classic::{FEATURES, Protocol, Reply};
 use ipc::fds::{self, Passed};
-use ipc::scsi::{Cdb, Parameters, Sense};
+use ipc::scsi::{Action, Cdb, Parameters, Sense};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -128,7 +129,9 @@ impl Server {
         };
         self.log.verbose(|| format!("process {} of user {} connected", peer.pid, peer.uid));
         let (log, pid) = (self.log.clone(), peer.pid);
+        log.trace(Event::Connect, || format!("pid {pid} uid {}", peer.uid));
         let end = Connection { server: self, peer, share, stream, stop }.run().await;
+        log.trace(Event::Disconnect, || format!("pid {pid} {end}"));
         match end {
             End::Done => log.verbose(|| format!("process {pid} disconnected")),
             other => log.message(&format!("process {pid}: {other}, closing socket.")),
@@ -223,6 +226,8 @@ impl Connection {
         let keys = if cdb.is_out() { Parameters::keys(&parameters) } else { None };
         let device = Device::new(fd, &cdb);
         let number = device.as_ref().ok().map(Device::number);
+        let (pid, action) = (self.peer.pid, cdb.action().map_or("unknown", Action::name));
+        self.server.log.trace(Event::Request, || format!("pid {pid} action {action} device {number:?}"));
         let question = |device| Question { peer: &self.peer, device, action: cdb.action(), keys };
         let denied = number.is_some_and(|n| !self.server.policy.allows(&question(n)));
         let reply = match device {
@@ -233,6 +238,7 @@ impl Connection {
                 Err(_) => Reply::check(Sense::TARGET_FAILURE),
             },
         };
+        self.server.log.trace(Event::Reply, || format!("pid {pid} action {action} status {:#x}", reply.status));
         self.server.log.command(&Entry {
             peer: &self.peer,
             device: number,

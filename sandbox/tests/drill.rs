@@ -1,0 +1,194 @@
+//! Tries, from inside each role of the helper, what somebody who took it over would: every call must be refused, with
+//! one line that names it. And the other way: what each role needs goes through.
+//!
+//! Each attempt is a process of its own (this program again, with the attempt in its environment), since a refused call
+//! ends it.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![expect(unsafe_code, reason = "system calls by number, as an intruder would make them")]
+
+use sandbox::syscall::{EXIT_REFUSED, Filters, Mode, PR_HELPER, name_refused_calls};
+use std::process::{Command, Output};
+
+/// The sections of each role, with everything that options can add.
+const ROLES: [(&str, &[&str]); 3] = [
+    ("wire", &["wire", "wire+remove", "wire+cgroup", "wire+background"]),
+    ("worker", &["worker"]),
+    ("logger", &["logger"]),
+];
+
+/// A call with its first three arguments; the others are zero.
+type Attempt = (&'static str, libc::c_long, [i64; 3]);
+
+const EXEC: i64 = libc::PROT_EXEC as i64 | libc::PROT_READ as i64;
+
+/// What no role may do, whatever the options.
+const ESCAPES: &[Attempt] = &[
+    ("execve", libc::SYS_execve, [0, 0, 0]),
+    ("execveat", libc::SYS_execveat, [0, 0, 0]),
+    ("clone", libc::SYS_clone, [0, 0, 0]),
+    ("clone3", libc::SYS_clone3, [0, 0, 0]),
+    ("socket", libc::SYS_socket, [libc::AF_INET as i64, libc::SOCK_STREAM as i64, 0]),
+    ("socket", libc::SYS_socket, [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0]),
+    ("socketpair", libc::SYS_socketpair, [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0]),
+    ("connect", libc::SYS_connect, [0, 0, 0]),
+    ("bind", libc::SYS_bind, [0, 0, 0]),
+    ("listen", libc::SYS_listen, [0, 0, 0]),
+    ("ptrace", libc::SYS_ptrace, [0, 0, 0]),
+    ("process_vm_readv", libc::SYS_process_vm_readv, [1, 0, 0]),
+    ("process_vm_writev", libc::SYS_process_vm_writev, [1, 0, 0]),
+    ("pidfd_getfd", libc::SYS_pidfd_getfd, [0, 0, 0]),
+    ("kill", libc::SYS_kill, [1, 0, 0]),
+    ("tkill", libc::SYS_tkill, [1, 0, 0]),
+    ("tgkill", libc::SYS_tgkill, [1, 1, 0]),
+    ("mount", libc::SYS_mount, [0, 0, 0]),
+    ("umount2", libc::SYS_umount2, [0, 0, 0]),
+    ("move_mount", libc::SYS_move_mount, [0, 0, 0]),
+    ("fsopen", libc::SYS_fsopen, [0, 0, 0]),
+    ("pivot_root", libc::SYS_pivot_root, [0, 0, 0]),
+    ("chroot", libc::SYS_chroot, [0, 0, 0]),
+    ("unshare", libc::SYS_unshare, [0, 0, 0]),
+    ("setns", libc::SYS_setns, [0, 0, 0]),
+    ("setuid", libc::SYS_setuid, [0, 0, 0]),
+    ("setgid", libc::SYS_setgid, [0, 0, 0]),
+    ("setresuid", libc::SYS_setresuid, [0, 0, 0]),
+    ("setgroups", libc::SYS_setgroups, [0, 0, 0]),
+    ("capset", libc::SYS_capset, [0, 0, 0]),
+    ("prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as i64, 1, 0]),
+    ("seccomp", libc::SYS_seccomp, [0, 0, 0]),
+    ("rt_sigaction", libc::SYS_rt_sigaction, [libc::SIGSYS as i64, 0, 0]),
+    ("init_module", libc::SYS_init_module, [0, 0, 0]),
+    ("finit_module", libc::SYS_finit_module, [0, 0, 0]),
+    ("kexec_load", libc::SYS_kexec_load, [0, 0, 0]),
+    ("reboot", libc::SYS_reboot, [0, 0, 0]),
+    ("bpf", libc::SYS_bpf, [0, 0, 0]),
+    ("perf_event_open", libc::SYS_perf_event_open, [0, 0, 0]),
+    ("userfaultfd", libc::SYS_userfaultfd, [0, 0, 0]),
+    ("io_uring_setup", libc::SYS_io_uring_setup, [0, 0, 0]),
+    ("keyctl", libc::SYS_keyctl, [0, 0, 0]),
+    ("memfd_create", libc::SYS_memfd_create, [0, 0, 0]),
+    ("shmget", libc::SYS_shmget, [0, 0, 0]),
+    ("open_by_handle_at", libc::SYS_open_by_handle_at, [0, 0, 0]),
+    ("openat2", libc::SYS_openat2, [0, 0, 0]),
+    ("mknodat", libc::SYS_mknodat, [0, 0, 0]),
+    ("linkat", libc::SYS_linkat, [0, 0, 0]),
+    ("symlinkat", libc::SYS_symlinkat, [0, 0, 0]),
+    ("renameat2", libc::SYS_renameat2, [0, 0, 0]),
+    ("fchmodat", libc::SYS_fchmodat, [0, 0, 0]),
+    ("fchownat", libc::SYS_fchownat, [0, 0, 0]),
+    ("truncate", libc::SYS_truncate, [0, 0, 0]),
+    ("pwrite64", libc::SYS_pwrite64, [0, 0, 0]),
+    ("personality", libc::SYS_personality, [0, 0, 0]),
+    ("setrlimit", libc::SYS_setrlimit, [0, 0, 0]),
+    ("mmap", libc::SYS_mmap, [0, 4096, EXEC]),
+    ("mprotect", libc::SYS_mprotect, [0, 4096, EXEC]),
+    // TIOCSTI, SG_SCSI_RESET, BLKDISCARD, LOOP_SET_FD, DM_DEV_CREATE, NVME_IOCTL_RESET, FIONBIO.
+    ("ioctl", libc::SYS_ioctl, [-1, 0x5412, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x2284, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x1277, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x4c00, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0xc138_fd03, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x4e44, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x5421, 0]),
+];
+
+/// What one role has and another must not.
+const DIVIDED: &[(&str, Attempt)] = &[
+    ("wire", ("ioctl", libc::SYS_ioctl, [-1, 0x2285, 0])),
+    ("logger", ("ioctl", libc::SYS_ioctl, [-1, 0x2285, 0])),
+    ("worker", ("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])),
+    ("worker", ("sendmsg", libc::SYS_sendmsg, [-1, 0, 0])),
+    ("worker", ("accept4", libc::SYS_accept4, [-1, 0, 0])),
+    ("worker", ("openat", libc::SYS_openat, [-100, 0, 0])),
+    ("worker", ("unlink", libc::SYS_unlinkat, [-100, 0, 0])),
+    ("logger", ("openat", libc::SYS_openat, [-100, 0, 0])),
+    ("logger", ("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])),
+    // Reading is all that any option adds.
+    ("wire", ("openat", libc::SYS_openat, [-100, 0, libc::O_RDWR as i64])),
+    ("wire", ("openat", libc::SYS_openat, [-100, 0, libc::O_WRONLY as i64 | libc::O_CREAT as i64])),
+    ("wire", ("fcntl", libc::SYS_fcntl, [0, libc::F_SETFL as i64, 0])),
+];
+
+/// What each role needs: it must come back, with whatever error the arguments give.
+const NEEDED: &[(&str, Attempt)] = &[
+    ("wire", ("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])),
+    ("wire", ("sendmsg", libc::SYS_sendmsg, [-1, 0, 0])),
+    ("wire", ("accept4", libc::SYS_accept4, [-1, 0, 0])),
+    ("wire", ("epoll_ctl", libc::SYS_epoll_ctl, [-1, 0, 0])),
+    ("wire", ("fcntl", libc::SYS_fcntl, [-1, libc::F_GETFL as i64, 0])),
+    ("wire", ("getsockopt", libc::SYS_getsockopt, [-1, libc::SOL_SOCKET as i64, 0])),
+    ("wire", ("openat", libc::SYS_openat, [-100, 0, libc::O_CLOEXEC as i64])),
+    ("wire", ("mmap", libc::SYS_mmap, [0, 0, 3])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x2285, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4e40, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4018_70c8, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4010_70c9, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4010_70ca, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4018_70cb, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4018_70cc, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4010_70cd, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0xc010_70ce, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x8010_70cf, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0xc048_4e43, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0xc048_4e41, 0])),
+    ("worker", ("pread64", libc::SYS_pread64, [-1, 0, 0])),
+    ("worker", ("close", libc::SYS_close, [-1, 0, 0])),
+    ("logger", ("write", libc::SYS_write, [-1, 0, 0])),
+];
+
+/// The child: under the filter of ROLE, makes the call and says that it came back.
+#[test]
+fn attempt() {
+    let Ok(role) = std::env::var("DRILL_ROLE") else { return };
+    let numbers = std::env::var("DRILL_CALL").unwrap();
+    let [call, a, b, c] = numbers.split(' ').map(|n| n.parse::<i64>().unwrap()).collect::<Vec<_>>()[..] else {
+        panic!("DRILL_CALL")
+    };
+    let (role, sections) = ROLES.into_iter().find(|row| row.0 == role).unwrap();
+    let filters = Filters::compile(PR_HELPER, &[(role, sections.to_vec())], Mode::Enforce).unwrap();
+    name_refused_calls().unwrap();
+    filters.enter(role).unwrap();
+    // SAFETY: no argument is a valid address, so the kernel reads and writes no memory of this process.
+    unsafe {
+        libc::syscall(call, a, b, c, 0, 0, 0);
+        libc::write(1, c"came back\n".as_ptr().cast(), 10);
+        libc::_exit(0);
+    }
+}
+
+fn make(role: &str, (_, call, [a, b, c]): &Attempt) -> Output {
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "attempt", "--nocapture", "--test-threads=1"]);
+    child.env("DRILL_ROLE", role).env("DRILL_CALL", format!("{call} {a} {b} {c}")).output().unwrap()
+}
+
+fn must_be_refused(role: &str, attempt: &Attempt) {
+    let output = make(role, attempt);
+    let line = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(EXIT_REFUSED), "{role}: {attempt:?}: {output:?}");
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("came back"), "{role}: {attempt:?}");
+    let named = attempt.0 == "unlink" && line.contains("unlinkat") || line.contains(&format!("call {} (", attempt.0));
+    assert!(named && line.contains(&format!("in thread '{role}'")), "{role}: {attempt:?}: {line}");
+}
+
+#[test]
+fn escapes_are_refused_in_every_role() {
+    for attempt in ESCAPES {
+        for (role, _) in ROLES {
+            must_be_refused(role, attempt);
+        }
+    }
+}
+
+#[test]
+fn roles_do_not_have_each_others_calls() {
+    DIVIDED.iter().for_each(|(role, attempt)| must_be_refused(role, attempt));
+}
+
+#[test]
+fn what_a_role_needs_comes_back() {
+    for (role, attempt) in NEEDED {
+        let output = make(role, attempt);
+        assert!(output.status.success(), "{role}: {attempt:?}: {output:?}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains("came back"), "{role}: {attempt:?}");
+    }
+}
