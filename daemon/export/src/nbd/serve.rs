@@ -7,6 +7,7 @@ use super::metacontext::{Context, Contexts};
 use super::reply::{ContextExtents, Extent};
 use super::request::Command;
 use super::wire::{MAX_EXTENTS, state};
+use block::status::Status;
 use block::{Disk, Errno, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 
@@ -118,12 +119,7 @@ async fn status(disk: &Disk, span: Span, limit: usize, contexts: Contexts) -> Re
     let mut all: Vec<Collector> = contexts.iter().map(empty).collect();
     let mut at = span.at;
     while at < span.end() && !all.iter().all(|c| c.full) {
-        let left = span.end() - at;
-        let status = disk.status(Span::new(at, left)).await?;
-        let len = status.len.min(left);
-        if len == 0 {
-            return Err(Errno::EIO);
-        }
+        let status = whole_sectors(disk, Span::new(at, span.end() - at)).await?;
         for collector in &mut all {
             let flags = match collector.found.context {
                 Context::BaseAllocation => {
@@ -133,9 +129,43 @@ async fn status(disk: &Disk, span: Span, limit: usize, contexts: Contexts) -> Re
                 }
                 Context::AllocationDepth => u64::from(status.depth),
             };
-            collector.add(limit, len, flags);
+            collector.add(limit, status.len, flags);
         }
-        at += len;
+        at += status.len;
     }
     Ok(all.into_iter().map(|c| c.found).collect())
+}
+
+/// The status at the start of `span`, up to a whole sector unless the span ends before.
+///
+/// Clients count in sectors and may round what is no multiple of one, so a sector that is partly a hole is none.
+async fn whole_sectors(disk: &Disk, span: Span) -> Result<Status, Errno> {
+    const SECTOR: u64 = 512;
+    let first = disk.status(span).await?;
+    let mut all = Status { len: first.len.min(span.len), ..first };
+    let end = span.at + all.len;
+    let floor = end - end % SECTOR;
+    if all.len == 0 {
+        return Err(Errno::EIO);
+    }
+    if end == floor || end == span.end() {
+        return Ok(all);
+    }
+    if floor > span.at {
+        all.len = floor - span.at;
+        return Ok(all);
+    }
+    let sector_end = (floor + SECTOR).min(span.end());
+    while span.at + all.len < sector_end {
+        let at = span.at + all.len;
+        let next = disk.status(Span::new(at, sector_end - at)).await?;
+        if next.len == 0 {
+            return Err(Errno::EIO);
+        }
+        all.len += next.len.min(sector_end - at);
+        all.zero &= next.zero;
+        all.data |= next.data;
+        all.depth = all.depth.max(next.depth);
+    }
+    Ok(all)
 }
