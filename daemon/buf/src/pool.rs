@@ -1,6 +1,6 @@
 //! Aligned heap memory, recycled per thread.
 //!
-//! Each thread keeps a few free buffers of each size class: the classes are powers of two from a page to 1 MiB, larger
+//! Each thread keeps some free buffers of each size class: the classes are powers of two from a page to 4 MiB, larger
 //! buffers come from and return to the allocator. A buffer that is freed on another thread stays there; as both ends of a
 //! request are on one IOThread (law 4) the lists do not drift. Recycled memory keeps its old bytes: whoever allocates
 //! for a peer fills all of it before it is shown to that peer.
@@ -14,10 +14,10 @@ use std::sync::Arc;
 pub const MAX_ALIGN: usize = 4096;
 
 const MIN_CLASS: usize = MAX_ALIGN;
-const MAX_CLASS: usize = 1 << 20;
+const MAX_CLASS: usize = 4 << 20;
 const CLASSES: usize = MAX_CLASS.ilog2() as usize - MIN_CLASS.ilog2() as usize + 1;
-/// What one class of one thread may keep, in bytes: 1024 buffers of 4 KiB, four of 1 MiB.
-const KEEP_BYTES: usize = 4 << 20;
+/// What one thread may keep, in bytes: the eight requests of 2 MiB that a copying client has in flight, twice.
+const KEEP_BYTES: usize = 32 << 20;
 
 /// One aligned allocation.
 pub(crate) struct PoolBuf {
@@ -99,12 +99,12 @@ pub(crate) fn give(mut buf: Arc<PoolBuf>) {
     let Some(class) = class_of(size) else { return };
     // While the thread ends there is no list any more: the buffer is then simply freed.
     let _ = FREE.try_with(|free| {
-        let mut free = free.borrow_mut();
-        if let Some(list) = free.classes.get_mut(class)
-            && list.len() < (KEEP_BYTES >> class) / MIN_CLASS
+        let Free { classes, bytes } = &mut *free.borrow_mut();
+        if let Some(list) = classes.get_mut(class)
+            && *bytes + size <= KEEP_BYTES
         {
             list.push(buf);
-            free.bytes += size;
+            *bytes += size;
         }
     });
 }

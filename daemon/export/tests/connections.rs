@@ -256,20 +256,24 @@ fn who_breaks_the_protocol_is_closed_and_others_stay() {
 }
 
 #[test]
-fn connections_are_limited() {
+fn connections_are_limited_over_all_listeners() {
     let server = Server::start(NbdServerParams { max_connections: 2, ..NbdServerParams::default() });
     server.export(Setup::new("e", true), MIB, Facts::default());
-    let (mut a, mut b, mut c) = (server.connect(), server.connect(), server.connect());
-    a.choose("e");
-    b.choose("e");
-    c.socket.set_nonblocking(true).unwrap();
-    // Both others have been served, so this one would have been greeted if it was accepted.
-    a.read(0, 1).unwrap();
-    assert_eq!(c.socket.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
-    c.socket.set_nonblocking(false).unwrap();
-    a.send(DISC, 0, 0, 0);
-    assert!(a.is_closed());
-    assert_eq!(c.choose("e").0, MIB as u64);
+    let (first, second) = (server.path(), server.file("nbd2"));
+    for (one, other) in [(&first, &first), (&first, &second), (&second, &first)] {
+        let (mut a, mut b) = (Client::connect(one), Client::connect(one));
+        a.choose("e");
+        b.choose("e");
+        let mut late = Client::connect(other);
+        late.socket.set_nonblocking(true).unwrap();
+        // The others have been served since, so this one would have been greeted by now.
+        a.read(0, 1).unwrap();
+        assert_eq!(late.socket.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+        late.socket.set_nonblocking(false).unwrap();
+        a.send(DISC, 0, 0, 0);
+        assert!(a.is_closed());
+        assert_eq!(late.choose("e").0, MIB as u64);
+    }
 }
 
 #[test]

@@ -179,38 +179,39 @@ impl Exports for Inner {
     }
 }
 
+/// Accepts clients for as long as the server runs.
 async fn accept_clients(listener: &Listener, inner: &Arc<Inner>) {
     let mut short = false;
     loop {
-        let permit = match &inner.permits {
-            // The semaphore is never closed.
-            Some(permits) => match Arc::clone(permits).acquire_owned().await {
-                Ok(permit) => Some(permit),
-                Err(_) => return,
-            },
-            None => None,
-        };
+        // Nobody is accepted while the server is full; but a place is only taken for a client that is there, so that one
+        // listener does not keep it from another.
+        drop(place(inner).await);
         match listener.accept().await {
             Ok(socket) => {
                 if std::mem::take(&mut short) {
-                    tracing::info!(target: "nbd_server_accept", "accepting connections again");
+                    tracing::info!(target: "nbd_server_accept", "the NBD server accepts connections again");
                 }
-                new_client(socket, permit, inner);
+                new_client(socket, place(inner).await, inner);
             }
             Err(error) => {
                 let errno = error.raw_os_error().map(Errno::from_raw);
-                if !matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) {
-                    tracing::error!(target: "nbd_server_accept", %error, "NBD server cannot accept connections");
+                if matches!(errno, Some(Errno::EBADF | Errno::EINVAL | Errno::ENOTSOCK)) {
+                    tracing::error!(target: "nbd_server_accept", %error, "the NBD server cannot accept connections any more");
                     return;
                 }
                 if !std::mem::replace(&mut short, true) {
-                    tracing::warn!(target: "nbd_server_accept", %error, "NBD server cannot accept a connection, trying again");
+                    tracing::warn!(target: "nbd_server_accept", %error, "the NBD server cannot accept a connection, and keeps trying");
                 }
-                drop(permit);
                 tokio::time::sleep(SHORTAGE_PAUSE).await;
             }
         }
     }
+}
+
+/// Waits for a place for one more client; none if there is no limit.
+async fn place(inner: &Inner) -> Option<OwnedSemaphorePermit> {
+    // The semaphore is never closed, so this cannot fail.
+    Arc::clone(inner.permits.as_ref()?).acquire_owned().await.ok()
 }
 
 /// Runs the handshake of a new client, and hands it over to its export.

@@ -41,7 +41,7 @@ pub fn inside() -> Rc<Inside> {
     INSIDE.with(|inside| Rc::clone(inside.borrow().as_ref().unwrap()))
 }
 
-/// A server on a unix socket.
+/// A server on two unix sockets.
 pub struct Server {
     thread: Arc<IoThread>,
     dir: tempfile::TempDir,
@@ -63,11 +63,11 @@ impl Setup {
 impl Server {
     pub fn start(params: NbdServerParams) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(dir.path().join("nbd")).unwrap();
+        let listeners = ["nbd", "nbd2"].map(|name| UnixListener::bind(dir.path().join(name)).unwrap());
         let thread = IoThread::start("server", io::Params::default()).unwrap();
         let this = Self { thread, dir };
         this.run(move || async move {
-            let server = NbdServer::start(vec![Listener::new(listener.into()).unwrap()], params);
+            let server = NbdServer::start(listeners.map(|l| Listener::new(l.into()).unwrap()).into(), params);
             let inside = Inside { graph: tokio::sync::Mutex::new(testing::graph()), server };
             INSIDE.with(|place| place.replace(Some(Rc::new(inside))));
         });
