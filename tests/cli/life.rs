@@ -60,7 +60,7 @@ fn lists_of_help() {
 #[test]
 fn every_ending_signal_ends_it_cleanly() {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        let mut daemon = Setup::new().serving("disk", 1 << 20).start();
+        let mut daemon = Setup::new().qmp().serving("disk", 1 << 20).start();
         daemon.signal(signal);
         let status = daemon.wait();
         assert_eq!(status.code(), Some(0), "{signal}: {}", daemon.stderr());
@@ -71,7 +71,7 @@ fn every_ending_signal_ends_it_cleanly() {
 
 #[test]
 fn quit_answers_and_ends() {
-    let mut daemon = Setup::new().serving("disk", 1 << 20).start();
+    let mut daemon = Setup::new().qmp().serving("disk", 1 << 20).start();
     let mut qmp = daemon.qmp();
     assert_eq!(qmp.ok("quit", json!({})), json!({}));
     let events: Vec<_> = std::iter::from_fn(|| qmp.recv_or_end()).collect();
@@ -81,7 +81,7 @@ fn quit_answers_and_ends() {
 
 #[test]
 fn sigpipe_is_ignored() {
-    let mut daemon = Setup::new().serving("disk", 1 << 20).start();
+    let mut daemon = Setup::new().qmp().serving("disk", 1 << 20).start();
     daemon.signal(Signal::SIGPIPE);
     daemon.qmp().ok("query-version", json!({}));
     daemon.stop();
@@ -89,7 +89,7 @@ fn sigpipe_is_ignored() {
 
 #[test]
 fn the_pid_file_appears_when_everything_serves() {
-    let daemon = Setup::new().serving("disk", 1 << 20).start();
+    let daemon = Setup::new().qmp().serving("disk", 1 << 20).start();
     let pid = fs::read_to_string(daemon.path("ready.pid")).unwrap();
     assert_eq!(pid, format!("{}\n", daemon.pid()));
     for socket in ["qmp.sock", "nbd.sock"] {
@@ -210,8 +210,10 @@ fn stdio_monitor() {
 
 #[test]
 fn nothing_is_left_of_a_failed_start() {
-    let setup =
-        Setup::new().serving("disk", 1 << 20).line("--pidfile p --blockdev file,node-name=f,filename=/nonexistent");
+    let setup = Setup::new()
+        .qmp()
+        .serving("disk", 1 << 20)
+        .line("--pidfile p --blockdev file,node-name=f,filename=/nonexistent");
     let dir = setup.path("");
     let mut daemon = setup.spawn();
     assert_eq!(daemon.wait().code(), Some(1));

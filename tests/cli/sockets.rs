@@ -33,8 +33,10 @@ fn a_monitor_on_tcp() {
 fn a_monitor_as_client() {
     let setup = Setup::new();
     let listener = UnixListener::bind(setup.path("us.sock")).unwrap();
+    listener.set_nonblocking(true).unwrap();
     let mut daemon = setup.line("--chardev socket,path=us.sock,id=c --monitor c").spawn();
-    let (stream, _) = listener.accept().unwrap();
+    let (stream, _) = wait_for("the monitor to connect", || listener.accept().ok());
+    stream.set_nonblocking(false).unwrap();
     let mut qmp = qmp::Client::over(stream);
     qmp.negotiate();
     qmp.ok("quit", json!({}));

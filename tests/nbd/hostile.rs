@@ -10,7 +10,7 @@ use crate::errno;
 const MIB: u64 = 1 << 20;
 
 fn serving() -> Daemon {
-    Setup::new().serving("disk", MIB).start()
+    Setup::new().qmp().serving("disk", MIB).start()
 }
 
 /// The daemon still serves a new client.
@@ -114,7 +114,7 @@ fn clients_that_leave_before_their_answers() {
 
 #[test]
 fn a_client_that_does_not_read_holds_up_nobody() {
-    let mut daemon = Setup::new().serving("disk", 32 * MIB).start();
+    let mut daemon = Setup::new().qmp().serving("disk", 32 * MIB).start();
     // Replies of 32 MiB each, and nobody takes them; far more requests than may be in flight.
     let (mut greedy, _) = daemon.nbd().open("disk", Headers::Simple);
     let request = Request { cmd: cmd::READ, len: 32 * MIB, ..Request::default() };

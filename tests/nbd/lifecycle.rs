@@ -7,7 +7,7 @@ use tests::{Daemon, Setup, known_defect, wait_for};
 const MIB: u64 = 1 << 20;
 
 fn serving() -> Daemon {
-    Setup::new().serving("disk", MIB).start()
+    Setup::new().qmp().serving("disk", MIB).start()
 }
 
 #[test]

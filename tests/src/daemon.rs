@@ -106,10 +106,9 @@ impl Setup {
     }
 
     /// Adds a `file` node called `node` on the file of that name and `.img`, which is made with `size` bytes, an NBD
-    /// server, a monitor, and a writable export named after the node.
+    /// server, and a writable export named after the node.
     pub fn serving(self, node: &str, size: u64) -> Self {
         self.image(&format!("{node}.img"), size)
-            .qmp()
             .line(&format!("--blockdev driver=file,node-name={node},filename={node}.img,discard=unmap"))
             .nbd_server()
             .line(&format!("--export type=nbd,id=exp-{node},node-name={node},name={node},writable=on"))
