@@ -113,6 +113,9 @@ fn start_trace(steps: &[Step]) -> Result<(), Stop> {
 async fn serve(steps: Vec<Step>, pidfile: Option<String>, starting: Option<Starting>) -> Result<(), Stop> {
     let events = Events::default();
     let mut control = Control::new(events.clone());
+    if starting.is_some() {
+        control.chardevs().go_to_background();
+    }
     let mut monitors = Vec::new();
     let stopped = stop_on_signals(&control)?;
     let set_up = async {

@@ -1,21 +1,220 @@
-//! Monitors: being written, along with the character devices that they talk on.
+//! QMP monitors: a session for each client of a character device, one after the other.
+//!
+//! A monitor is a task on the main thread. It moves bytes between a [`Connection`] and a [`qmp::Session`], passes commands to the
+//! control task and replies back. All state of a conversation is in the session, which is dropped with its client; a
+//! command that was passed on is carried out all the same. A client that does not read stops being read and served, and
+//! is disconnected when the events that wait for it pass the session's bound. [QMP spec]
 
-use crate::chardev::ChardevPort;
-use crate::control::Handle;
-use crate::events::Events;
+use std::cell::RefCell;
+use std::io;
+use std::ops::Range;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+use qapi::types::control::MonitorOptions;
+use qapi::{Qapi, Result, Value};
+use qmp::{Event, Session, Settings, Style};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+use crate::chardev::{ChardevPort, Connection};
+use crate::control::{Handle, command_exists, version_info};
+use crate::events::{Events, Happened};
+
+/// How much is read at once.
+const READ: usize = 16 * 1024;
+/// How long a client may take to read what is left for it when the daemon ends.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A running monitor.
-pub struct Monitor;
-
-impl Monitor {
-    pub async fn close(self) {}
+pub struct Monitor {
+    task: JoinHandle<()>,
+    closing: watch::Sender<bool>,
 }
 
-pub fn start(
-    _port: ChardevPort,
-    _options: &qapi::types::control::MonitorOptions,
-    _control: Handle,
-    _events: &Events,
-) -> Monitor {
-    Monitor
+impl Monitor {
+    /// Sends the replies that are there, closes the connection and lets go of the character device.
+    pub async fn close(self) {
+        self.closing.send_replace(true);
+        // It ends by itself, whatever its client does. That it was aborted with the event loop is an end as well.
+        let _ = self.task.await;
+    }
+}
+
+/// Serves the clients that come through `port` until [`Monitor::close`].
+pub fn start(port: ChardevPort, options: &MonitorOptions, control: Handle, events: &Events) -> Monitor {
+    let settings = Settings {
+        version: version_info().to_value(),
+        oob: true,
+        style: if options.pretty { Style::Pretty } else { Style::Compact },
+        is_command: command_exists,
+    };
+    let (closing, closed) = watch::channel(false);
+    let task = Task { settings, control, events: events.clone(), closing: closed };
+    Monitor { task: tokio::task::spawn_local(task.run(port)), closing }
+}
+
+struct Task {
+    settings: Settings,
+    control: Handle,
+    events: Events,
+    closing: watch::Receiver<bool>,
+}
+
+type Running = Pin<Box<dyn Future<Output = Result<Value>>>>;
+
+impl Task {
+    async fn run(self, mut port: ChardevPort) {
+        loop {
+            let connection = tokio::select! {
+                biased;
+                () = self.closing() => return,
+                connection = port.connection() => connection,
+            };
+            let Some(connection) = connection else { return };
+            tracing::trace!(target: "monitor_client_opened", "");
+            let client = Client::new(self.settings.clone(), connection, &self.events);
+            match client.serve(&self).await {
+                Ok(()) => tracing::trace!(target: "monitor_client_closed", ""),
+                Err(error) => tracing::trace!(target: "monitor_client_closed", %error),
+            }
+        }
+    }
+
+    async fn closing(&self) {
+        // If nobody can tell any more, the event loop is about to end and drops this task.
+        if self.closing.clone().wait_for(|closing| *closing).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// One conversation.
+struct Client {
+    connection: Connection,
+    /// Also used by the subscription to events; never borrowed across an await.
+    session: Rc<RefCell<Session>>,
+    /// An event has come.
+    woken: Rc<Notify>,
+    _subscription: Rc<dyn Fn(&Happened)>,
+}
+
+impl Client {
+    fn new(settings: Settings, connection: Connection, events: &Events) -> Client {
+        let session = Rc::new(RefCell::new(Session::new(settings)));
+        let woken = Rc::new(Notify::new());
+        let subscription = {
+            let (session, woken) = (session.clone(), woken.clone());
+            events.subscribe(move |happened| {
+                session.borrow_mut().event(&event(happened));
+                woken.notify_one();
+            })
+        };
+        Client { connection, session, woken, _subscription: subscription }
+    }
+
+    /// Talks until the client has gone or the daemon ends.
+    ///
+    /// # Errors
+    /// The connection broke.
+    async fn serve(self, task: &Task) -> io::Result<()> {
+        let mut buffer = vec![0; READ];
+        let mut unread: Range<usize> = 0..0;
+        let mut running: Option<Running> = None;
+        let mut at_end = false;
+        loop {
+            let (wants_input, has_output) = {
+                let mut session = self.session.borrow_mut();
+                if let Some(mut rest) = buffer.get(unread.clone()) {
+                    session.input(&mut rest);
+                    unread.start = unread.end - rest.len();
+                }
+                if running.is_none()
+                    && let Some(request) = session.next_request()
+                {
+                    let control = task.control.clone();
+                    running =
+                        Some(Box::pin(
+                            async move { control.request(request.name, Value::Object(request.arguments)).await },
+                        ));
+                }
+                if session.is_overrun() {
+                    tracing::warn!(target: "monitor_client_too_slow", "a monitor's client does not read its events: disconnected");
+                    return Ok(());
+                }
+                (session.wants_input(), !session.output().is_empty())
+            };
+            if at_end && running.is_none() && !has_output && unread.is_empty() {
+                return Ok(());
+            }
+            tokio::select! {
+                biased;
+                () = task.closing() => break,
+                writable = self.connection.writable(), if has_output => {
+                    writable?;
+                    self.write()?;
+                }
+                result = complete(&mut running) => self.session.borrow_mut().reply(result),
+                count = self.connection.read(&mut buffer), if wants_input && unread.is_empty() && !at_end => {
+                    unread = 0..count?;
+                    if unread.is_empty() {
+                        at_end = true;
+                        if self.connection.is_gone().await {
+                            return Ok(());
+                        }
+                    }
+                }
+                () = self.woken.notified() => {}
+            }
+        }
+        self.say_farewell(running).await
+    }
+
+    /// Sends what is there, in particular the reply to `quit`.
+    async fn say_farewell(&self, mut running: Option<Running>) -> io::Result<()> {
+        let reply = tokio::select! {
+            biased;
+            result = complete(&mut running) => Some(result),
+            () = std::future::ready(()) => None,
+        };
+        if let Some(result) = reply {
+            self.session.borrow_mut().reply(result);
+        }
+        let flush = async {
+            while !self.session.borrow().output().is_empty() {
+                self.connection.writable().await?;
+                self.write()?;
+            }
+            Ok(())
+        };
+        tokio::time::timeout(FAREWELL, flush).await.unwrap_or(Ok(()))
+    }
+
+    fn write(&self) -> io::Result<()> {
+        let mut session = self.session.borrow_mut();
+        let count = self.connection.try_write(session.output())?;
+        session.sent(count);
+        Ok(())
+    }
+}
+
+/// The result of the command that is carried out; never completes where there is none.
+async fn complete(running: &mut Option<Running>) -> Result<Value> {
+    let result = std::future::poll_fn(|context| match running {
+        Some(future) => future.as_mut().poll(context),
+        None => Poll::Pending,
+    })
+    .await;
+    *running = None;
+    result
+}
+
+fn event(happened: &Happened) -> Event {
+    let data = match &happened.data {
+        Value::Object(members) => members.clone(),
+        _ => qapi::Map::new(),
+    };
+    Event { name: happened.name, timestamp: happened.time.into(), data }
 }

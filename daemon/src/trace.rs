@@ -16,7 +16,12 @@ use tracing::{Event, Level, Metadata, Subscriber, span};
 
 /// All events: name, and what it tells.
 pub const EVENTS: &[(&str, &str)] = &[
+    ("chardev_client_lost", "a character device cannot take a client (always shown)"),
+    ("chardev_unable_to_connect", "a character device cannot connect and will try again (always shown)"),
     ("control_command", "a command is carried out"),
+    ("monitor_client_closed", "a conversation with a QMP client has ended, and why if it broke"),
+    ("monitor_client_opened", "a QMP client has connected"),
+    ("monitor_client_too_slow", "a QMP client is disconnected because it does not read its events (always shown)"),
     ("nbd_error", "a request of an NBD client failed"),
     ("nbd_negotiate_failed", "an NBD client left, or was sent away, before it had chosen an export"),
     ("nbd_negotiate_success", "an NBD client has chosen an export, and what was agreed on"),

@@ -10,6 +10,7 @@
 #![expect(unsafe_code, reason = "system calls and the ring take raw pointers")]
 
 mod blkdev;
+mod channel;
 mod direct;
 mod extent;
 mod fd;
@@ -24,6 +25,7 @@ mod stream;
 mod thread;
 
 pub use blkdev::{BlockDevice, QueueLimits};
+pub use channel::Channel;
 pub use direct::DirectAlign;
 pub use extent::{AllocMode, Extent};
 pub use file::{Access, Engine, File, FileKind, FileStat, OpenHow};

@@ -278,10 +278,12 @@ fn socket(opts: &Opts) -> Result<ChardevSocket> {
     } else {
         return Err(Error::generic("chardev: socket: one of 'path', 'fd' or 'host' and 'port' is needed"));
     };
+    let server = opts.bool("server")?.unwrap_or(false);
     Ok(ChardevSocket {
         addr: SocketAddress { addr: address }.into(),
-        server: opts.bool("server")?.unwrap_or(false),
-        wait: opts.bool("wait")?,
+        server,
+        // Unlike over QMP a listening socket waits for a client unless told not to.
+        wait: opts.bool("wait")?.or(server.then_some(true)),
         nodelay: match opts.bool("nodelay")? {
             Some(nodelay) => nodelay,
             None => !opts.bool("delay")?.unwrap_or(true),
@@ -346,7 +348,7 @@ mod tests {
         assert_eq!(
             value["backend"]["data"],
             json!({"addr": {"type": "inet", "data": {"host": "h", "port": "1", "numeric": false, "to": 16, "ipv4": true}},
-                "server": true, "nodelay": true})
+                "server": true, "wait": true, "nodelay": true})
         );
         assert!(warnings.is_empty());
         assert_eq!(add("socket,id=c,fd=3").0["backend"]["data"]["addr"]["data"]["str"], "3");

@@ -4,6 +4,8 @@
 //! the input. Where a message has several mistakes, the reference reports the one that comes first in its hash table;
 //! which one that is does not count here.
 
+#![allow(clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::thread;

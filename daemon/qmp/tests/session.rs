@@ -1,6 +1,8 @@
 //! What a session owes its client whatever the bytes: order, bounds, ids, and that it does not matter how the bytes
 //! were cut up on their way.
 
+#![allow(clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
 use proptest::prelude::*;
 use qapi::Error;
 use qmp::session::{HIGH_WATER, MAX_EVENT_BYTES, MAX_QUEUED};
