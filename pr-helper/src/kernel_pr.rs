@@ -22,6 +22,13 @@ const KINDS: [(u32, Kind); 6] = [
     (6, Kind::ExclusiveAccessAllRegistrants),
 ];
 
+/// `PR_STS_IOERR`: the device answered CHECK CONDITION, and the kernel has kept the sense to itself.
+const CHECK_CONDITION: i32 = 0x02;
+
+/// How often a command is tried that ended so. Most often the reason is a unit attention, of which each path of a map
+/// has its own, and which is gone when it was reported; a command that ended with it had no effect.
+const UNIT_ATTENTIONS: usize = 9;
+
 /// The most keys that fit into the largest reply.
 const MAX_KEYS: usize = (ipc::classic::MAX_DATA - 8) / 8;
 
@@ -31,7 +38,11 @@ pub fn reserve_out(device: BorrowedFd<'_>, cdb: &Cdb, parameters: &[u8]) -> Repl
         Ok(command) => command,
         Err(sense) => return Reply::check(sense),
     };
-    match sg_io::pr_command(device, command) {
+    let result = (0..UNIT_ATTENTIONS)
+        .map(|_| sg_io::pr_command(device, command))
+        .find(|result| !matches!(result, Ok(CHECK_CONDITION)))
+        .unwrap_or(Ok(CHECK_CONDITION));
+    match result {
         Ok(code) => kernel_status(code),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => {
             Reply::check(Sense::INVALID_OPCODE)

@@ -10,23 +10,21 @@ use std::time::Duration;
 /// Executes the command. An error is SG_IO's own: the command did not reach a SCSI device.
 pub fn execute(device: BorrowedFd<'_>, cdb: &Cdb, parameters: &[u8], timeout: Duration) -> io::Result<Reply> {
     let command = cdb.bytes().first_chunk::<10>().ok_or(io::ErrorKind::InvalidInput)?;
-    if cdb.is_out() {
-        return Ok(reply(&sg_io::sg_io(device, command, Transfer::Out(parameters), timeout)?, Vec::new()));
-    }
-    let mut data = vec![0; usize::try_from(cdb.data_length()).map_err(io::Error::other)?];
-    let result = sg_io::sg_io(device, command, Transfer::In(&mut data), timeout)?;
-    data.truncate(result.transferred);
-    Ok(reply(&result, data))
+    let transfer = match cdb.is_out() {
+        true => Transfer::Out(parameters),
+        false => Transfer::In(usize::try_from(cdb.data_length()).map_err(io::Error::other)?),
+    };
+    Ok(reply(sg_io::sg_io(device, command, transfer, timeout)?))
 }
 
 /// The reply to a client, `data` only with GOOD. What the transport says counts before the device's status, which the
 /// device then never sent.
-fn reply(result: &SgResult, data: Vec<u8>) -> Reply {
+fn reply(result: SgResult) -> Reply {
     if let Some(reply) = transport_error(result.host) {
         return reply;
     }
     match result.status {
-        status::GOOD => Reply { data, ..Reply::status(status::GOOD) },
+        status::GOOD => Reply { data: result.data, ..Reply::status(status::GOOD) },
         status::CHECK_CONDITION => Reply { sense: result.sense, ..Reply::status(status::CHECK_CONDITION) },
         other => Reply::status(other),
     }
@@ -71,17 +69,16 @@ mod tests {
     use super::*;
 
     fn result(status: u8, host: u16) -> SgResult {
-        SgResult { status, host, driver: 0, sense: [7; 96], transferred: 3 }
+        SgResult { status, host, sense: [7; 96], data: vec![1, 2, 3] }
     }
 
     #[test]
     fn data_and_sense_only_where_they_mean_something() {
-        let data = vec![1, 2, 3];
-        assert_eq!(reply(&result(0, 0), data.clone()), Reply { data: data.clone(), ..Reply::status(0) });
-        let check = reply(&result(2, 0), data.clone());
+        assert_eq!(reply(result(0, 0)), Reply { data: vec![1, 2, 3], ..Reply::status(0) });
+        let check = reply(result(2, 0));
         assert_eq!((check.sense, check.data.len()), ([7; 96], 0));
-        assert_eq!(reply(&result(0x18, 0), data.clone()), Reply::status(0x18));
-        assert_eq!(reply(&result(0, 3), data), Reply::check(Sense::TIMEOUT));
+        assert_eq!(reply(result(0x18, 0)), Reply::status(0x18));
+        assert_eq!(reply(result(0, 3)), Reply::check(Sense::TIMEOUT));
     }
 
     #[test]

@@ -104,11 +104,15 @@ unsafe fn ioctl<T>(device: BorrowedFd<'_>, request: u32, argument: *mut T) -> io
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// Room behind the buffer of an answer. The kernel may let a target in software (LIO) write into this very memory, and
+/// its READ FULL STATUS writes up to a descriptor beyond a short allocation length (seen on Linux 6.12).
+const SLACK: usize = 4096;
+
 /// Which way the data of a SCSI command goes.
 #[derive(Debug)]
 pub enum Transfer<'a> {
-    /// From the device.
-    In(&'a mut [u8]),
+    /// So many bytes from the device.
+    In(usize),
     /// To the device.
     Out(&'a [u8]),
 }
@@ -120,12 +124,10 @@ pub struct SgResult {
     pub status: u8,
     /// What the host adapter's driver says, `DID_*` of `<scsi/scsi_status.h>`.
     pub host: u16,
-    /// What the mid-layer says, `DRIVER_*`.
-    pub driver: u16,
     /// Sense data; zero where the device sent none.
     pub sense: [u8; SENSE_SIZE],
-    /// Bytes of data that went.
-    pub transferred: usize,
+    /// The bytes that the device sent.
+    pub data: Vec<u8>,
 }
 
 /// SG_IO with a ten-byte CDB. The kernel aborts the command after `timeout` (at least a millisecond).
@@ -139,9 +141,13 @@ pub fn sg_io(
     const NONE: i32 = -1;
     const TO: i32 = -2;
     const FROM: i32 = -3;
+    let mut answer = Vec::new();
     let (direction, data, length) = match transfer {
-        Transfer::In([]) | Transfer::Out([]) => (NONE, std::ptr::null_mut(), 0),
-        Transfer::In(data) => (FROM, data.as_mut_ptr(), data.len()),
+        Transfer::In(0) | Transfer::Out([]) => (NONE, std::ptr::null_mut(), 0),
+        Transfer::In(length) => {
+            answer.resize(length.saturating_add(SLACK), 0u8);
+            (FROM, answer.as_mut_ptr(), length)
+        }
         // The kernel only reads from here for SG_DXFER_TO_DEV.
         Transfer::Out(data) => (TO, data.as_ptr().cast_mut(), data.len()),
     };
@@ -174,14 +180,8 @@ pub fn sg_io(
     // bytes, writable unless the direction is to the device) outlive the call, which is synchronous: on return the
     // kernel has copied everything and keeps no pointer.
     unsafe { ioctl(device, SG_IO, &raw mut header)? };
-    let residual = usize::try_from(header.residual).unwrap_or(0);
-    Ok(SgResult {
-        status: header.status,
-        host: header.host_status,
-        driver: header.driver_status,
-        sense,
-        transferred: length.saturating_sub(residual),
-    })
+    answer.truncate(length.saturating_sub(usize::try_from(header.residual).unwrap_or(0)));
+    Ok(SgResult { status: header.status, host: header.host_status, sense, data: answer })
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "96")]
@@ -351,8 +351,7 @@ mod tests {
     #[test]
     fn a_file_is_no_device() {
         let file = tempfile::tempfile().unwrap();
-        let mut data = [0; 8];
-        let errno = sg_io(file.as_fd(), &[0x5e; 10], Transfer::In(&mut data), Duration::from_secs(1)).unwrap_err();
+        let errno = sg_io(file.as_fd(), &[0x5e; 10], Transfer::In(8), Duration::from_secs(1)).unwrap_err();
         assert_eq!(errno.raw_os_error(), Some(libc::ENOTTY));
         let errno = pr_command(file.as_fd(), PrCommand::Clear { key: 1 }).unwrap_err();
         assert_eq!(errno.raw_os_error(), Some(libc::ENOTTY));
