@@ -3,11 +3,13 @@
 //! A [`File`] may be used from any thread; each call goes through the ring of the thread that makes it, or through its
 //! pool. Nothing blocks the event loop. Buffers and the descriptor are owned by the operation (law 1).
 //!
-//! Reads try the page cache first (preadv2 with RWF_NOWAIT): a hit costs one system call and no hand-over. Whether that
-//! works on a file, and whether it is worth trying, is learned.
+//! Reads and writes try the page cache first (RWF_NOWAIT): a hit costs one system call and no hand-over. Whether that
+//! works on a file, and whether it is worth trying, is learned. Where it does not work for writes, whole pages go to the
+//! file's [`Writer`].
 
 use crate::fd::Fd;
 use crate::ring::{Request, SyncKind, WriteThrough, iovecs, rw_flags};
+use crate::writer::Writer;
 use crate::{pool, thread};
 use buf::IoBuf;
 use nix::errno::Errno;
@@ -78,10 +80,52 @@ pub struct FileStat {
     pub rdev: u64,
 }
 
-/// Reads that missed the page cache in a row after which it is tried less often.
+/// Misses of the page cache in a row after which it is tried less often.
 const MISSES: u32 = 16;
-/// `misses` of a file on which RWF_NOWAIT does not work.
+/// The count of misses where RWF_NOWAIT does not work.
 const NEVER: u32 = u32::MAX;
+/// A cached write of whole pages never waits for a read.
+const PAGE: u64 = 4096;
+
+/// What was learned about trying the page cache: misses in a row, or NEVER. A hint, so unordered.
+#[derive(Default)]
+struct Luck(AtomicU32);
+
+impl Luck {
+    fn worth_trying(&self) -> bool {
+        let misses = self.0.load(Ordering::Relaxed);
+        if misses < MISSES {
+            return true;
+        }
+        if misses == NEVER {
+            return false;
+        }
+        // Count on, so that one in so many looks again. Stays far from NEVER.
+        self.0.store(MISSES + (misses + 1 - MISSES) % MISSES, Ordering::Relaxed);
+        misses == MISSES
+    }
+
+    /// Learns from the result of a try, and says what it means. No bytes moved, at the end of the file, is left to the
+    /// caller's ordinary way to find out.
+    fn learn(&self, result: Result<usize, Errno>) -> Result<Cached, Errno> {
+        let result = match result {
+            Ok(0) | Err(Errno::EAGAIN | Errno::EINTR) => Ok(Cached::Miss),
+            Ok(n) => Ok(Cached::Bytes(n)),
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => {
+                self.0.store(NEVER, Ordering::Relaxed);
+                return Ok(Cached::Miss);
+            }
+            Err(e) => Err(e),
+        };
+        let misses = self.0.load(Ordering::Relaxed);
+        match result {
+            Ok(Cached::Miss) if misses < MISSES => self.0.store(misses + 1, Ordering::Relaxed),
+            Ok(Cached::Bytes(_)) | Err(_) if misses != 0 => self.0.store(0, Ordering::Relaxed),
+            _ => {}
+        }
+        result
+    }
+}
 
 /// An open file or device.
 pub struct File {
@@ -91,8 +135,9 @@ pub struct File {
     direct: bool,
     /// Operations that are handed to the kernel at once at most; 0 for as many as there are.
     max_batch: u32,
-    /// Page cache misses in a row; NEVER if it must not be tried. A hint, so unordered.
-    misses: AtomicU32,
+    read_luck: Luck,
+    write_luck: Luck,
+    writer: Arc<Writer>,
 }
 
 impl std::fmt::Debug for File {
@@ -106,7 +151,7 @@ impl std::fmt::Debug for File {
     }
 }
 
-/// What the page cache had of a read.
+/// What the page cache took or had at once.
 enum Cached {
     Bytes(usize),
     Miss,
@@ -144,8 +189,17 @@ impl File {
         };
         let direct = flags.contains(OFlag::O_DIRECT);
         // With O_DIRECT there is no cache to hit, and the ring batches better than a call for each read.
-        let misses = AtomicU32::new(if direct { NEVER } else { 0 });
-        Ok(Self { fd: Arc::new(Fd::new(fd)), engine, access, direct, max_batch: 0, misses })
+        let luck = || Luck(AtomicU32::new(if direct { NEVER } else { 0 }));
+        Ok(Self {
+            fd: Arc::new(Fd::new(fd)),
+            engine,
+            access,
+            direct,
+            max_batch: 0,
+            read_luck: luck(),
+            write_luck: luck(),
+            writer: Arc::default(),
+        })
     }
 
     /// Opens the same file once more, also if it was renamed or unlinked since.
@@ -186,8 +240,8 @@ impl File {
         let total = buf.len();
         check_range(at, total)?;
         let mut done = 0;
-        if self.worth_trying_cache() {
-            match self.read_cached(at, buf)? {
+        if self.read_luck.worth_trying() {
+            match self.read_luck.learn(preadv2(&self.fd, buf, at, libc::RWF_NOWAIT))? {
                 Cached::Bytes(n) => {
                     done = n;
                     // A loop over cached data must let others run now and then.
@@ -223,10 +277,23 @@ impl File {
     pub async fn write_at(&self, at: u64, buf: &IoBuf, dsync: bool) -> Result<(), Errno> {
         let total = buf.len();
         check_range(at, total)?;
+        let len = u64::try_from(total).unwrap_or(u64::MAX);
         let through = if dsync { WriteThrough::Yes } else { WriteThrough::No };
         let mut done = 0;
+        if !dsync
+            && self.write_luck.worth_trying()
+            && let Cached::Bytes(n) = self.write_luck.learn(pwritev2(&self.fd, buf, at, libc::RWF_NOWAIT))?
+        {
+            done = n;
+            tokio::task::coop::consume_budget().await;
+        }
+        let whole_pages = (at | len).is_multiple_of(PAGE);
+        let queued = whole_pages && !dsync && !self.direct;
         while done < total {
-            match self.transfer(|| Request::Write(rest(buf, done), at + done as u64, through)).await {
+            let request = || Request::Write(rest(buf, done), at + done as u64, through);
+            let result =
+                if queued { self.writer.write(&self.fd, request()).await } else { self.transfer(request).await };
+            match result {
                 // No file of ours takes no bytes without an error, and to try for ever would be worse.
                 Ok(0) => return Err(Errno::ENOSPC),
                 Ok(n) => done += n.min(total - done),
@@ -310,48 +377,6 @@ impl File {
         let _ = pool::blocking(move || drop(fd)).await;
     }
 
-    fn worth_trying_cache(&self) -> bool {
-        let misses = self.misses.load(Ordering::Relaxed);
-        if misses < MISSES {
-            return true;
-        }
-        if misses == NEVER {
-            return false;
-        }
-        // Count on, so that one in so many reads looks again. Stays far from NEVER.
-        self.misses.store(MISSES + (misses + 1 - MISSES) % MISSES, Ordering::Relaxed);
-        misses == MISSES
-    }
-
-    /// One preadv2 that takes what is in the page cache and never waits.
-    fn read_cached(&self, at: u64, buf: &IoBuf) -> Result<Cached, Errno> {
-        let result = match preadv2(&self.fd, buf, at, libc::RWF_NOWAIT) {
-            // The end of the file; the caller's loop finds out.
-            Ok(0) => Ok(Cached::Miss),
-            Ok(n) => Ok(Cached::Bytes(n)),
-            Err(Errno::EAGAIN | Errno::EINTR) => Ok(Cached::Miss),
-            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => {
-                self.misses.store(NEVER, Ordering::Relaxed);
-                return Ok(Cached::Miss);
-            }
-            Err(e) => Err(e),
-        };
-        match result {
-            Ok(Cached::Miss) => {
-                let misses = self.misses.load(Ordering::Relaxed);
-                if misses < MISSES {
-                    self.misses.store(misses + 1, Ordering::Relaxed);
-                }
-            }
-            _ => {
-                if self.misses.load(Ordering::Relaxed) != 0 {
-                    self.misses.store(0, Ordering::Relaxed);
-                }
-            }
-        }
-        result
-    }
-
     /// One call, on the ring or the pool; may move fewer bytes than asked.
     pub(crate) async fn transfer(&self, request: impl Fn() -> Request) -> Result<usize, Errno> {
         let request = match thread::current_ring() {
@@ -408,7 +433,7 @@ fn check_range(at: u64, len: usize) -> Result<(), Errno> {
 
 impl Request {
     /// The same as a system call on a thread that may wait.
-    fn run(self, fd: &Fd) -> Result<usize, Errno> {
+    pub(crate) fn run(self, fd: &Fd) -> Result<usize, Errno> {
         loop {
             let result = match &self {
                 Self::Read(buf, at) => preadv2(fd, buf, *at, 0),

@@ -23,6 +23,7 @@ mod send_queue;
 pub mod socket;
 mod stream;
 mod thread;
+mod writer;
 
 pub use blkdev::{BlockDevice, QueueLimits};
 pub use channel::Channel;

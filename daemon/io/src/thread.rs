@@ -5,6 +5,7 @@
 
 use crate::pool::Pool;
 use crate::ring::Ring;
+use crate::writer::Mailbox;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::Future;
@@ -80,6 +81,7 @@ impl fmt::Debug for IoThread {
 struct Local {
     ring: Option<Rc<Ring>>,
     pool: Pool,
+    mailbox: Arc<Mailbox>,
     handle: Weak<IoThread>,
 }
 
@@ -99,6 +101,11 @@ pub(crate) fn current_ring() -> Option<Rc<Ring>> {
 /// The pool of the calling thread, the process's common one if it is no IOThread.
 pub(crate) fn current_pool() -> Pool {
     with_local(|local| local.pool.clone()).unwrap_or_else(Pool::shared)
+}
+
+/// The mailbox of the calling thread, none if it is no IOThread.
+pub(crate) fn current_mailbox() -> Option<Arc<Mailbox>> {
+    with_local(|local| Arc::clone(&local.mailbox))
 }
 
 fn before_park() {
@@ -129,7 +136,7 @@ impl Loop {
                 Err(e) => (None, Some(e)),
             },
         };
-        let local = Local { ring, pool: pool.clone(), handle: Weak::new() };
+        let local = Local { ring, pool: pool.clone(), mailbox: Arc::default(), handle: Weak::new() };
         LOCAL.with(|place| place.replace(Some(local)));
         Ok((Self { runtime: Some(runtime), pool }, error))
     }
@@ -137,6 +144,9 @@ impl Loop {
     fn run<T>(&self, main: impl Future<Output = T>) -> io::Result<T> {
         let runtime = self.runtime.as_ref().ok_or_else(|| io::Error::other("the loop has ended"))?;
         runtime.block_on(async {
+            if let Some(mailbox) = current_mailbox() {
+                tokio::task::spawn_local(async move { mailbox.deliver().await });
+            }
             if let Some(ring) = current_ring() {
                 tokio::task::spawn_local(async move {
                     // It only ends if epoll refuses the descriptor; then the park hook alone serves the ring, which can

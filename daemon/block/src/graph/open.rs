@@ -162,8 +162,7 @@ fn cannot_tell_length(name: &str, errno: Errno) -> Error {
 fn inherit(parent: &NodeOptions, role: Role) -> NodeOptions {
     NodeOptions {
         read_only: parent.read_only || role == Role::Backing,
-        // A child is opened for writing when a user comes that writes.
-        auto_read_only: true,
+        auto_read_only: parent.auto_read_only && role != Role::Backing,
         force_share: parent.force_share,
         direct: parent.direct,
         no_flush: parent.no_flush,

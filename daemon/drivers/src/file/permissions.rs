@@ -34,10 +34,17 @@ impl Locks {
 }
 
 impl FileDriver {
+    /// The lock bytes for what the users need and share. They may share a resize with each other, as it goes through the
+    /// graph and tells them; no other process may resize the file under any of them.
+    fn lock_set(&self, new: Perms) -> LockSet {
+        let outsiders = if new.need.is_empty() { new.shared } else { new.shared & !Bits::RESIZE };
+        let unshared = if self.force_share { Bits::NONE } else { !outsiders };
+        LockSet { held: new.need.bits(), unshared: unshared.bits() }
+    }
+
     pub(super) async fn prepare(&self, new: Perms) -> Result<()> {
         let file = self.file().map_err(|e| Error::io(format!("'{}' is closed", self.filename), e.into()))?;
-        let unshared = if self.force_share { Bits::NONE } else { !new.shared };
-        let set = LockSet { held: new.need.bits(), unshared: unshared.bits() };
+        let set = self.lock_set(new);
         let (lock, old) = {
             let locks = self.locks();
             (locks.lock.clone(), locks.set)
