@@ -1,54 +1,104 @@
 //! Objects that the user makes, and the tree in which they and the character devices stand.
 //!
 //! The tree has two branches, `/objects` and `/chardevs`; what stands on them is computed from their owners, never stored.
+//! Each type of object has a row in [`TYPES`], a variant of [`Object`] and a file of its own.
+
+mod iothread;
 
 use super::Control;
 use io::IoThread;
+use iothread::Iothread;
 use qapi::types::qom::{
-    IothreadProperties, ObjectDel, ObjectOptions, ObjectPropertyInfo, ObjectTypeInfo, ObjectVariant, QomGet, QomList,
-    QomListProperties, QomListTypes, QomSet,
+    ObjectDel, ObjectOptions, ObjectPropertyInfo, ObjectTypeInfo, ObjectVariant, QomGet, QomList, QomListProperties,
+    QomListTypes, QomSet,
 };
 use qapi::{Error, ErrorClass, Result, Value};
 use std::sync::Arc;
 
-/// Limits of the pool of an IOThread, as its properties.
-#[derive(Clone, Copy)]
-struct PoolLimits {
-    min: i64,
-    max: i64,
+/// What every type of object does with its properties.
+trait UserObject {
+    /// The value of a property, none if it is not listed in [`TYPES`].
+    fn get(&self, name: &str) -> Option<Value>;
+
+    /// Changes a property that is listed in [`TYPES`]. After an error nothing has changed.
+    fn set(&mut self, name: &str, value: &Value) -> Result<()>;
+
+    /// Whether something needs the object, so that it cannot be deleted.
+    fn is_in_use(&self) -> bool {
+        false
+    }
 }
 
-struct Iothread {
+/// An object of the user's, by its type.
+enum Object {
+    Iothread(Iothread),
+}
+
+impl Object {
+    fn type_name(&self) -> &'static str {
+        match self {
+            Object::Iothread(_) => "iothread",
+        }
+    }
+
+    fn as_user(&self) -> &dyn UserObject {
+        match self {
+            Object::Iothread(object) => object,
+        }
+    }
+
+    fn as_user_mut(&mut self) -> &mut dyn UserObject {
+        match self {
+            Object::Iothread(object) => object,
+        }
+    }
+}
+
+struct Entry {
     id: String,
-    thread: Arc<IoThread>,
-    limits: PoolLimits,
+    object: Object,
 }
 
 /// The user's objects, oldest first.
 #[derive(Default)]
 pub(super) struct Objects {
-    iothreads: Vec<Iothread>,
+    list: Vec<Entry>,
 }
 
-/// A type of objects: name, parent, whether it has no objects of its own, whether users make them.
+/// A type of objects.
 struct Type {
     name: &'static str,
     parent: Option<&'static str>,
+    /// There are no objects of this type itself.
     is_abstract: bool,
     user_creatable: bool,
+    /// Names and types of the properties that it adds to `type`, which all have.
+    properties: &'static [(&'static str, &'static str)],
 }
 
 const fn plain(name: &'static str, parent: &'static str) -> Type {
-    Type { name, parent: Some(parent), is_abstract: false, user_creatable: false }
+    Type { name, parent: Some(parent), is_abstract: false, user_creatable: false, properties: &[] }
+}
+
+const fn base(name: &'static str, parent: Option<&'static str>) -> Type {
+    Type { name, parent, is_abstract: true, user_creatable: false, properties: &[] }
+}
+
+const fn made_by_users(
+    name: &'static str,
+    parent: &'static str,
+    properties: &'static [(&'static str, &'static str)],
+) -> Type {
+    Type { name, parent: Some(parent), is_abstract: false, user_creatable: true, properties }
 }
 
 /// All types of objects in the tree.
 const TYPES: &[Type] = &[
-    Type { name: "object", parent: None, is_abstract: true, user_creatable: false },
+    base("object", None),
     plain("container", "object"),
-    Type { name: "event-loop-base", parent: Some("object"), is_abstract: true, user_creatable: false },
-    Type { name: "iothread", parent: Some("event-loop-base"), is_abstract: false, user_creatable: true },
-    Type { name: "chardev", parent: Some("object"), is_abstract: true, user_creatable: false },
+    base("event-loop-base", Some("object")),
+    made_by_users("iothread", "event-loop-base", &[("thread-pool-min", "int"), ("thread-pool-max", "int")]),
+    base("chardev", Some("object")),
     plain("chardev-socket", "chardev"),
     plain("chardev-stdio", "chardev"),
 ];
@@ -58,7 +108,7 @@ enum Place<'a> {
     Root,
     Objects,
     Chardevs,
-    Iothread(&'a Iothread),
+    Object(&'a Entry),
     /// A character device: its type.
     Chardev(String),
 }
@@ -67,7 +117,7 @@ impl Place<'_> {
     fn type_name(&self) -> String {
         match self {
             Place::Root | Place::Objects | Place::Chardevs => "container".to_owned(),
-            Place::Iothread(_) => "iothread".to_owned(),
+            Place::Object(entry) => entry.object.type_name().to_owned(),
             Place::Chardev(ty) => ty.clone(),
         }
     }
@@ -79,80 +129,66 @@ fn property(name: impl Into<String>, ty: impl Into<String>) -> ObjectPropertyInf
 
 /// Properties that objects of a type have, without those below them.
 fn own_properties(type_name: &str) -> Vec<ObjectPropertyInfo> {
-    let mut all = vec![property("type", "string")];
-    if type_name == "iothread" {
-        all.push(property("thread-pool-min", "int"));
-        all.push(property("thread-pool-max", "int"));
-    }
-    all
+    let ty = TYPES.iter().find(|ty| ty.name == type_name);
+    let own = ty.map_or(&[][..], |ty| ty.properties).iter().map(|(name, ty)| property(*name, *ty));
+    std::iter::once(property("type", "string")).chain(own).collect()
 }
 
-/// The limits as the thread takes them.
-fn pool_limits(limits: PoolLimits) -> Result<(usize, usize)> {
-    let within = |name: &str, value: i64| {
-        usize::try_from(value).map_err(|_| Error::generic(format!("{name} value must be in range [0, {}]", i64::MAX)))
-    };
-    let (min, max) = (within("thread-pool-min", limits.min)?, within("thread-pool-max", limits.max)?);
-    if max == 0 || min > max {
-        return Err(Error::generic("bad thread-pool-min/thread-pool-max values"));
-    }
-    Ok((min, max))
-}
-
-/// Starts the thread of an object of type `iothread`.
-fn start(id: &str, properties: &IothreadProperties) -> Result<Iothread> {
-    let defaults = io::Params::default();
-    let limits = PoolLimits {
-        min: properties.thread_pool_min.unwrap_or(i64::try_from(defaults.thread_pool_min).unwrap_or(0)),
-        max: properties.thread_pool_max.unwrap_or(i64::try_from(defaults.thread_pool_max).unwrap_or(i64::MAX)),
-    };
-    let (thread_pool_min, thread_pool_max) = pool_limits(limits)?;
-    let params = io::Params { thread_pool_min, thread_pool_max, ..defaults };
-    // The thread's name is what `top` and `ps` show.
-    let thread = IoThread::start(&format!("IO {id}"), params)
-        .map_err(|error| Error::io(format!("Could not start iothread '{id}'"), error))?;
-    Ok(Iothread { id: id.to_owned(), thread, limits })
+/// The value of a property that is a number.
+fn integer(name: &str, value: &Value) -> Result<i64> {
+    value.as_i64().ok_or_else(|| Error::generic(format!("Invalid parameter type for '{name}', expected: integer")))
 }
 
 impl Objects {
+    fn find(&self, id: &str) -> Option<&Entry> {
+        self.list.iter().find(|entry| entry.id == id)
+    }
+
     /// The thread of that name.
     pub fn iothread(&self, id: &str) -> Result<Arc<IoThread>> {
-        let found = self.iothreads.iter().find(|object| object.id == id);
-        found
-            .map(|object| Arc::clone(&object.thread))
-            .ok_or_else(|| Error::generic(format!("iothread \"{id}\" not found")))
+        match self.find(id).map(|entry| &entry.object) {
+            Some(Object::Iothread(object)) => Ok(Arc::clone(object.thread())),
+            _ => Err(Error::generic(format!("iothread \"{id}\" not found"))),
+        }
     }
 }
 
 impl Control {
     /// `object-add` and `--object`.
     pub async fn object_add(&mut self, options: ObjectOptions) -> Result<()> {
-        if !qapi::opts::is_identifier(&options.id) {
+        let ObjectOptions { id, object } = options;
+        if !qapi::opts::is_identifier(&id) {
             return Err(Error::generic("Parameter 'id' expects an identifier"));
         }
-        if self.objects.iothreads.iter().any(|object| object.id == options.id) {
-            let id = options.id;
+        if self.objects.find(&id).is_some() {
             return Err(Error::generic(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
             )));
         }
-        let ObjectVariant::Iothread(properties) = &options.object;
-        self.objects.iothreads.push(start(&options.id, properties)?);
+        let object = match &object {
+            ObjectVariant::Iothread(properties) => Object::Iothread(Iothread::start(&id, properties)?),
+        };
+        self.objects.list.push(Entry { id, object });
         Ok(())
     }
 
-    /// The thread goes on for the exports that have it, and ends with the last of them.
+    /// Who has an object may go on with it: a thread ends with the last export that runs on it.
     pub(super) async fn object_del(&mut self, args: ObjectDel) -> Result<()> {
-        let found = self.objects.iothreads.iter().position(|object| object.id == args.id);
+        let found = self.objects.list.iter().position(|entry| entry.id == args.id);
         let at = found.ok_or_else(|| Error::generic(format!("object '{}' not found", args.id)))?;
-        self.objects.iothreads.remove(at);
+        if self.objects.list.get(at).is_some_and(|entry| entry.object.as_user().is_in_use()) {
+            return Err(Error::generic(format!("object '{}' is in use, can not be deleted", args.id)));
+        }
+        self.objects.list.remove(at);
         Ok(())
     }
 
-    /// Stops all threads. No export is left.
+    /// Ends all objects. No export and no node is left.
     pub(super) async fn close_objects(&mut self) {
-        for object in self.objects.iothreads.drain(..) {
-            object.thread.stop().await;
+        for entry in self.objects.list.drain(..) {
+            match entry.object {
+                Object::Iothread(object) => object.thread().stop().await,
+            }
         }
     }
 
@@ -189,7 +225,7 @@ impl Control {
     }
 
     fn object(&self, id: &str) -> Option<Place<'_>> {
-        self.objects.iothreads.iter().find(|object| object.id == id).map(Place::Iothread)
+        self.objects.find(id).map(Place::Object)
     }
 
     fn chardev(&self, id: &str) -> Option<Place<'_>> {
@@ -202,11 +238,13 @@ impl Control {
         let child = |name: &str, ty: &str| property(name, format!("child<{ty}>"));
         match place {
             Place::Root => all.extend([child("objects", "container"), child("chardevs", "container")]),
-            Place::Objects => all.extend(self.objects.iothreads.iter().map(|object| child(&object.id, "iothread"))),
+            Place::Objects => {
+                all.extend(self.objects.list.iter().map(|entry| child(&entry.id, entry.object.type_name())));
+            }
             Place::Chardevs => {
                 all.extend(self.chardevs.list().iter().map(|(id, ty)| child(id, &format!("chardev-{ty}"))));
             }
-            Place::Iothread(_) | Place::Chardev(_) => {}
+            Place::Object(_) | Place::Chardev(_) => {}
         }
         Ok(all)
     }
@@ -215,46 +253,31 @@ impl Control {
         let place = self.place(&args.path)?;
         let name = args.property.as_str();
         let below = |branch: &str| Value::from(format!("/{branch}/{name}"));
-        match &place {
+        let own = match &place {
             _ if name == "type" => return Ok(place.type_name().into()),
             Place::Root if name == "objects" || name == "chardevs" => return Ok(format!("/{name}").into()),
             Place::Objects if self.object(name).is_some() => return Ok(below("objects")),
             Place::Chardevs if self.chardev(name).is_some() => return Ok(below("chardevs")),
-            Place::Iothread(object) if name == "thread-pool-min" => return Ok(object.limits.min.into()),
-            Place::Iothread(object) if name == "thread-pool-max" => return Ok(object.limits.max.into()),
-            _ => {}
-        }
-        Err(no_property(&place, name))
+            Place::Object(entry) => entry.object.as_user().get(name),
+            _ => None,
+        };
+        own.ok_or_else(|| no_property(&place, name))
     }
 
     pub(super) async fn qom_set(&mut self, args: QomSet) -> Result<()> {
         let name = args.property.as_str();
         let place = self.place(&args.path)?;
-        let Place::Iothread(object) = &place else {
-            return Err(if self.has_property(&place, name) {
-                read_only(&place, name)
-            } else {
-                no_property(&place, name)
-            });
-        };
-        let mut limits = object.limits;
-        let id = object.id.clone();
-        let slot = match name {
-            "thread-pool-min" => &mut limits.min,
-            "thread-pool-max" => &mut limits.max,
-            "type" => return Err(read_only(&place, name)),
-            _ => return Err(no_property(&place, name)),
-        };
-        let Some(value) = args.value.as_i64() else {
-            return Err(Error::generic(format!("Invalid parameter type for '{name}', expected: integer")));
-        };
-        *slot = value;
-        let (min, max) = pool_limits(limits)?;
-        if let Some(object) = self.objects.iothreads.iter_mut().find(|object| object.id == id) {
-            object.thread.set_thread_pool(min, max);
-            object.limits = limits;
+        if !self.has_property(&place, name) {
+            return Err(no_property(&place, name));
         }
-        Ok(())
+        let id = match &place {
+            Place::Object(entry) if name != "type" => entry.id.clone(),
+            _ => return Err(read_only(&place, name)),
+        };
+        match self.objects.list.iter_mut().find(|entry| entry.id == id) {
+            Some(entry) => entry.object.as_user_mut().set(name, &args.value),
+            None => Ok(()),
+        }
     }
 
     fn has_property(&self, place: &Place<'_>, name: &str) -> bool {
@@ -263,7 +286,8 @@ impl Control {
                 Place::Root => name == "objects" || name == "chardevs",
                 Place::Objects => self.object(name).is_some(),
                 Place::Chardevs => self.chardev(name).is_some(),
-                Place::Iothread(_) | Place::Chardev(_) => false,
+                Place::Object(entry) => entry.object.as_user().get(name).is_some(),
+                Place::Chardev(_) => false,
             }
     }
 
