@@ -31,7 +31,7 @@ impl Control {
         if !args.query_nodes {
             return Ok(Vec::new());
         }
-        Ok(self.graph.nodes().map(|node| node_stats(node)).collect())
+        Ok(self.graph.nodes().map(node_stats).collect())
     }
 
     pub(super) async fn x_debug_query_block_graph(&mut self, _: XDebugQueryBlockGraph) -> Result<XDbgBlockGraph> {
