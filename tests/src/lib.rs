@@ -48,7 +48,7 @@ pub fn wait_within<T>(limit: Duration, mut state: impl FnMut() -> Option<T>) -> 
     }
 }
 
-/// Ends the test early and says why, on the test's output and in the file that `TESTS_SKIPPED_LOG` names.
+/// Ends the test early and says why, on the test's output and in the file that `TESTS_NOTES` names.
 #[macro_export]
 macro_rules! skip {
     ($($reason:tt)*) => {{

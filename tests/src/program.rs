@@ -58,7 +58,7 @@ pub fn note(kind: &str, text: &str) {
     let line = format!("{kind} {test}: {text}\n");
     // A note that cannot be written must not fail the test.
     let _ = std::io::stderr().write_all(line.as_bytes());
-    if let Some(path) = std::env::var_os("TESTS_SKIPPED_LOG")
+    if let Some(path) = std::env::var_os("TESTS_NOTES")
         && let Ok(mut log) = std::fs::OpenOptions::new().append(true).create(true).open(path)
     {
         let _ = log.write_all(line.as_bytes());
