@@ -27,7 +27,7 @@ use qapi::types::block::BlockdevOptions;
 use qapi::types::control::MonitorOptions;
 use qapi::types::export::{BlockExportOptions, NbdServerOptions};
 use qapi::types::qom::ObjectOptions;
-use qapi::{Error, Qapi, Result, Value};
+use qapi::{Error, Qapi, Result};
 use std::io::Write;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -140,10 +140,14 @@ async fn serve(steps: Vec<Step>, pidfile: Option<String>, starting: Option<Start
         control.serve().await;
     }
     control.shut_down().await;
+    let mut connections = Vec::new();
     for monitor in monitors {
-        monitor.close().await;
+        connections.push(monitor.close().await);
     }
-    ready.map(drop)
+    // A client that sees its connection end may rely on it that the daemon holds nothing any more, so that comes last.
+    let result = ready.map(drop);
+    drop(connections);
+    result
 }
 
 /// SIGINT, SIGTERM and SIGHUP end the daemon in good order. The result completes at the first of them.
@@ -169,21 +173,9 @@ fn stop_on_signals(control: &Control) -> Result<impl Future<Output = ()> + use<>
 
 /// Reads the value of an option; a request for help ends the start.
 fn read<T: Qapi>(step: &Step, implied_key: Option<&str>) -> Result<T, Stop> {
-    match qapi::keyval::read(&step.value, implied_key, json)? {
+    match qapi::keyval::read(&step.value, implied_key, qmp::parser::parse)? {
         Argument::Value(value) => Ok(value),
         Argument::Help(text) => Err(Stop::Print(text)),
-    }
-}
-
-/// The one JSON value that `text` is.
-fn json(text: &str) -> Result<Value> {
-    let mut parser = qmp::parser::Parser::new();
-    let mut rest = text.as_bytes();
-    match (parser.next(&mut rest), parser.next(&mut rest)) {
-        (Some(value), None) => value,
-        (Some(Err(error)), Some(_)) => Err(error),
-        (Some(Ok(_)), Some(_)) => Err(Error::generic("JSON parse error, there is more than one value")),
-        (None, _) => Err(Error::generic("JSON parse error, the value ends too early")),
     }
 }
 
@@ -210,7 +202,7 @@ async fn carry_out(
         Kind::Monitor => {
             let options = read::<MonitorOptions>(step, Some("chardev"))?;
             let port = control.chardevs().take_for_monitor(&options.chardev)?;
-            monitors.push(monitor::start(port, &options, control.handle(), events));
+            monitors.push(monitor::start(port, &options, control.handle(), events)?);
         }
         Kind::Trace => {}
         Kind::Unexpected => return Err(Error::generic("Unexpected argument").into()),

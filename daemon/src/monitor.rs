@@ -13,8 +13,8 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
-use qapi::types::control::MonitorOptions;
-use qapi::{Qapi, Result, Value};
+use qapi::types::control::{MonitorMode, MonitorOptions};
+use qapi::{Error, Qapi, Result, Value};
 use qmp::{Event, Session, Settings, Style};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -30,21 +30,28 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A running monitor.
 pub struct Monitor {
-    task: JoinHandle<()>,
+    task: JoinHandle<Option<Connection>>,
     closing: watch::Sender<bool>,
 }
 
 impl Monitor {
-    /// Sends the replies that are there, closes the connection and lets go of the character device.
-    pub async fn close(self) {
+    /// Sends the replies that are there and lets go of the character device. The connection with the client that there is
+    /// comes back: it ends when it is dropped.
+    pub async fn close(self) -> Option<Connection> {
         self.closing.send_replace(true);
         // It ends by itself, whatever its client does. That it was aborted with the event loop is an end as well.
-        let _ = self.task.await;
+        self.task.await.unwrap_or_default()
     }
 }
 
 /// Serves the clients that come through `port` until [`Monitor::close`].
-pub fn start(port: ChardevPort, options: &MonitorOptions, control: Handle, events: &Events) -> Monitor {
+///
+/// # Errors
+/// The options ask for a monitor for people, which talks to a virtual machine.
+pub fn start(port: ChardevPort, options: &MonitorOptions, control: Handle, events: &Events) -> Result<Monitor> {
+    if options.mode == MonitorMode::Readline {
+        return Err(Error::generic("Only QMP is supported"));
+    }
     let settings = Settings {
         version: version_info().to_value(),
         oob: true,
@@ -53,7 +60,7 @@ pub fn start(port: ChardevPort, options: &MonitorOptions, control: Handle, event
     };
     let (closing, closed) = watch::channel(false);
     let task = Task { settings, control, events: events.clone(), closing: closed };
-    Monitor { task: tokio::task::spawn_local(task.run(port)), closing }
+    Ok(Monitor { task: tokio::task::spawn_local(task.run(port)), closing })
 }
 
 struct Task {
@@ -66,18 +73,18 @@ struct Task {
 type Running = Pin<Box<dyn Future<Output = Result<Value>>>>;
 
 impl Task {
-    async fn run(self, mut port: ChardevPort) {
+    async fn run(self, mut port: ChardevPort) -> Option<Connection> {
         loop {
             let connection = tokio::select! {
                 biased;
-                () = self.closing() => return,
-                connection = port.connection() => connection,
+                () = self.closing() => return None,
+                connection = port.connection() => connection?,
             };
-            let Some(connection) = connection else { return };
             tracing::trace!(target: "monitor_client_opened", "");
             let client = Client::new(self.settings.clone(), connection, &self.events);
             match client.serve(&self).await {
-                Ok(()) => tracing::trace!(target: "monitor_client_closed", ""),
+                Ok(Served::ByeFromUs(connection)) => return Some(connection),
+                Ok(Served::ByeFromClient) => tracing::trace!(target: "monitor_client_closed", ""),
                 Err(error) => tracing::trace!(target: "monitor_client_closed", %error),
             }
         }
@@ -89,6 +96,14 @@ impl Task {
             std::future::pending::<()>().await;
         }
     }
+}
+
+/// How a conversation ended.
+enum Served {
+    /// The client has gone, or had to go.
+    ByeFromClient,
+    /// The daemon ends. The connection is still there.
+    ByeFromUs(Connection),
 }
 
 /// One conversation.
@@ -119,7 +134,7 @@ impl Client {
     ///
     /// # Errors
     /// The connection broke.
-    async fn serve(self, task: &Task) -> io::Result<()> {
+    async fn serve(self, task: &Task) -> io::Result<Served> {
         let mut buffer = vec![0; READ];
         let mut unread: Range<usize> = 0..0;
         let mut running: Option<Running> = None;
@@ -142,12 +157,12 @@ impl Client {
                 }
                 if session.is_overrun() {
                     tracing::warn!(target: "monitor_client_too_slow", "a monitor's client does not read its events: disconnected");
-                    return Ok(());
+                    return Ok(Served::ByeFromClient);
                 }
                 (session.wants_input(), !session.output().is_empty())
             };
             if at_end && running.is_none() && !has_output && unread.is_empty() {
-                return Ok(());
+                return Ok(Served::ByeFromClient);
             }
             tokio::select! {
                 biased;
@@ -162,14 +177,15 @@ impl Client {
                     if unread.is_empty() {
                         at_end = true;
                         if self.connection.is_gone().await {
-                            return Ok(());
+                            return Ok(Served::ByeFromClient);
                         }
                     }
                 }
                 () = self.woken.notified() => {}
             }
         }
-        self.say_farewell(running).await
+        self.say_farewell(running).await?;
+        Ok(Served::ByeFromUs(self.connection))
     }
 
     /// Sends what is there, in particular the reply to `quit`.

@@ -137,6 +137,21 @@ impl Lexer {
         }
     }
 
+    /// Ends the stream: the token that was waiting for its next byte, if there is one. What was broken off is stray.
+    pub fn end(&mut self) -> Option<Kind> {
+        if mem::take(&mut self.complete) {
+            self.text.clear();
+        }
+        let kind = match self.state {
+            State::Start | State::Recovery => return None,
+            State::Keyword => Kind::Keyword,
+            State::Zero | State::Integer => Kind::Integer,
+            State::Fraction | State::ExponentDigits => Kind::Float,
+            _ => Kind::Stray,
+        };
+        Some(self.finish(kind))
+    }
+
     fn finish(&mut self, kind: Kind) -> Kind {
         self.complete = true;
         self.state = match kind {

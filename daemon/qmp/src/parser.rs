@@ -80,16 +80,35 @@ impl Parser {
         loop {
             let budget = MAX_BYTES.saturating_sub(self.message.bytes + 1);
             let kind = self.lexer.next(input, budget)?;
-            let end = self.message.token(kind, self.lexer.text());
-            if end {
-                let message = std::mem::take(&mut self.message);
-                return Some(match (message.error, message.value) {
-                    (Some(error), _) => Err(error),
-                    (None, Some(value)) => Ok(value),
-                    (None, None) => Err(syntax("expecting value")),
-                });
+            if self.message.token(kind, self.lexer.text()) {
+                return Some(std::mem::take(&mut self.message).result());
             }
         }
+    }
+
+    /// Ends the stream: what was not complete is a value if it can be one, else an error. `None` if there was nothing.
+    fn end(&mut self) -> Option<Result<Value>> {
+        let complete = match self.lexer.end() {
+            Some(kind) => self.message.token(kind, self.lexer.text()),
+            None => false,
+        };
+        let message = std::mem::take(&mut self.message);
+        (complete || message.tokens > 0).then(|| message.result())
+    }
+}
+
+/// Reads the one value that a text is, as it stands on a command line.
+///
+/// # Errors
+/// The text is not in the dialect, or it is more or less than one value.
+pub fn parse(text: &str) -> Result<Value> {
+    let mut parser = Parser::new();
+    let mut rest = text.as_bytes();
+    let first = parser.next(&mut rest).or_else(|| parser.end());
+    let value = first.ok_or_else(|| Error::generic("Expecting a JSON value"))??;
+    match parser.next(&mut rest).or_else(|| parser.end()) {
+        None => Ok(value),
+        Some(_) => Err(Error::generic("Expecting at most one JSON value")),
     }
 }
 
@@ -98,6 +117,15 @@ fn syntax(what: impl std::fmt::Display) -> Error {
 }
 
 impl Message {
+    /// What the message is, or what is wrong with it.
+    fn result(self) -> Result<Value> {
+        match (self.error, self.value) {
+            (Some(error), _) => Err(error),
+            (None, Some(value)) => Ok(value),
+            (None, None) => Err(syntax("premature EOI")),
+        }
+    }
+
     /// Takes one token and says whether the message ends with it.
     fn token(&mut self, kind: Kind, text: &[u8]) -> bool {
         match kind {
@@ -291,4 +319,35 @@ fn unicode_escape(rest: &[u8]) -> Result<(char, usize)> {
 /// The four hexadecimal digits after `\u`.
 fn hex(escape: &[u8]) -> Option<u32> {
     escape.get(2..6)?.iter().try_fold(0, |code, &digit| Some(code << 4 | char::from(digit).to_digit(16)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The texts are the reference's, as it says them about an option.
+    #[test]
+    fn a_text_is_one_value() {
+        for (text, expected) in [
+            ("{'a': [1, {}]}", Ok(serde_json::json!({"a": [1, {}]}))),
+            ("{}  \n", Ok(serde_json::json!({}))),
+            ("12", Ok(Value::from(12))),
+            ("null", Ok(Value::Null)),
+            ("", Err("Expecting a JSON value")),
+            ("{} x", Err("Expecting at most one JSON value")),
+            ("{}{}", Err("Expecting at most one JSON value")),
+            ("{}}", Err("Expecting at most one JSON value")),
+            ("{},", Err("Expecting at most one JSON value")),
+            ("{", Err("JSON parse error, premature EOI")),
+            ("{'a'", Err("JSON parse error, premature EOI")),
+            ("{'a':1", Err("JSON parse error, premature EOI")),
+            ("{x", Err("JSON parse error, invalid keyword 'x'")),
+            ("{'a':tru", Err("JSON parse error, invalid keyword 'tru'")),
+            ("{'a':@", Err("JSON parse error, stray '@'")),
+            ("{'a':\"x", Err("JSON parse error, stray '\"x'")),
+        ] {
+            let found = parse(text).map_err(|error| error.to_string());
+            assert_eq!(found, expected.map_err(str::to_owned), "{text}");
+        }
+    }
 }

@@ -69,6 +69,8 @@ pub struct Quit;
 /// How a monitor talks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
 pub enum MonitorMode {
+    /// Text, for people. This daemon has none; the value is there to be refused by name.
+    Readline,
     /// JSON, for programs: QMP.
     Control,
 }
