@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 
 use crate::chardev::{ChardevPort, Connection};
 use crate::control::{Handle, command_exists, version_info};
-use crate::events::{Events, Happened};
+use crate::events::Events;
 
 /// How much is read at once.
 const READ: usize = 16 * 1024;
@@ -113,7 +113,7 @@ struct Client {
     session: Rc<RefCell<Session>>,
     /// An event has come.
     woken: Rc<Notify>,
-    _subscription: Rc<dyn Fn(&Happened)>,
+    _subscription: Rc<dyn Fn(&Event)>,
 }
 
 impl Client {
@@ -122,8 +122,8 @@ impl Client {
         let woken = Rc::new(Notify::new());
         let subscription = {
             let (session, woken) = (session.clone(), woken.clone());
-            events.subscribe(move |happened| {
-                session.borrow_mut().event(&event(happened));
+            events.subscribe(move |event| {
+                session.borrow_mut().event(event);
                 woken.notify_one();
             })
         };
@@ -225,12 +225,4 @@ async fn complete(running: &mut Option<Running>) -> Result<Value> {
     .await;
     *running = None;
     result
-}
-
-fn event(happened: &Happened) -> Event {
-    let data = match &happened.data {
-        Value::Object(members) => members.clone(),
-        _ => qapi::Map::new(),
-    };
-    Event { name: happened.name, timestamp: happened.time.into(), data }
 }
