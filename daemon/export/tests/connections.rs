@@ -227,6 +227,26 @@ fn a_flood_is_held_back() {
     assert_eq!(client.read(0, 4), Ok(vec![0; 4]));
 }
 
+/// Neither a removal nor a stop waits for a client that does not take its replies.
+#[test]
+fn who_does_not_read_holds_nobody_up() {
+    let server = server();
+    server.export(Setup::new("e", true), MIB, Facts::default());
+    let mut client = server.connect();
+    client.choose("e");
+    for cookie in 0..64 {
+        client.send(READ, cookie, 0, 1 << 20);
+    }
+    // The first reply has come, so the server is at work on the others and cannot send them all.
+    assert_eq!(client.reply().0, 0);
+    let left = server.run(|| async {
+        let export = inside().server.find("e").unwrap();
+        inside().server.remove(&export).await;
+        export.clients()
+    });
+    assert_eq!(left, 0);
+}
+
 #[test]
 fn who_breaks_the_protocol_is_closed_and_others_stay() {
     let server = server();
