@@ -74,7 +74,7 @@ impl Control {
 
     pub(super) async fn nbd_server_stop(&mut self, _: NbdServerStop) -> Result<()> {
         let server = self.exports.nbd.take().ok_or_else(|| Error::generic("NBD server not running"))?;
-        for export in server.stop().await {
+        for export in server.stop().await.into_iter().rev() {
             self.export_closed(export.id()).await;
         }
         Ok(())

@@ -32,6 +32,8 @@ impl Control {
     }
 
     pub(super) async fn quit(&mut self, _: Quit) -> Result<()> {
+        // The exports' last events come before the reply, after which a client may stop reading.
+        self.close_exports().await;
         self.quit = true;
         Ok(())
     }
