@@ -204,7 +204,6 @@ fn refusal(error: &clap::Error) -> Error {
         Some(ContextValue::String(word)) => word.split_whitespace().next().unwrap_or_default().to_owned(),
         _ => String::new(),
     };
-    let help = "Try 'qemu-storage-daemon --help' for the options";
     let text = match error.kind() {
         ErrorKind::InvalidValue | ErrorKind::TooFewValues => format!("option '{word}' requires an argument"),
         ErrorKind::UnknownArgument => match word.strip_prefix('-') {
@@ -213,7 +212,7 @@ fn refusal(error: &clap::Error) -> Error {
         },
         _ => error.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned(),
     };
-    Error::generic(text).with_hint(help)
+    Error::generic(text)
 }
 
 #[cfg(test)]

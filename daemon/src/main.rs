@@ -40,6 +40,8 @@ enum Stop {
     Fail(Error),
     /// A signal came.
     Signal,
+    /// Something is wrong and has been said by the process that found it.
+    Failed,
 }
 
 impl From<Error> for Stop {
@@ -58,6 +60,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(Stop::Signal) => ExitCode::SUCCESS,
+        Err(Stop::Failed) => ExitCode::FAILURE,
         Err(Stop::Fail(error)) => {
             complain(&error);
             ExitCode::FAILURE
@@ -84,7 +87,7 @@ fn run(arguments: &[String]) -> Result<(), Stop> {
     let starting = if daemonize {
         match io::process::daemonize().map_err(|error| Error::io("cannot daemonize", error))? {
             Daemonized::Parent(0) => return Ok(()),
-            Daemonized::Parent(_) => return Err(Stop::Fail(Error::generic("the daemon could not be started"))),
+            Daemonized::Parent(_) => return Err(Stop::Failed),
             Daemonized::Child(starting) => Some(starting),
         }
     } else {

@@ -234,7 +234,6 @@ where
         Limits {
             mode: self.session.mode,
             contexts: self.session.contexts,
-            alignment: self.session.alignment,
             writable: self.client.export().is_writable(),
             size: self.disk.size(),
         }

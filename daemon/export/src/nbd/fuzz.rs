@@ -72,13 +72,13 @@ pub fn fuzz_handshake(bytes: &[u8]) {
 /// # Panics
 /// A request that is served is not within its limits.
 pub fn fuzz_requests(bytes: &[u8]) {
-    for (mode, contexts, alignment, writable) in [
-        (Mode::Simple, Contexts::NONE, 1, true),
-        (Mode::Structured, Contexts::offered(true), 512, true),
-        (Mode::Extended, Contexts::offered(true), 1, true),
-        (Mode::Extended, Contexts::offered(false), 4096, false),
+    for (mode, contexts, writable) in [
+        (Mode::Simple, Contexts::NONE, true),
+        (Mode::Structured, Contexts::offered(true), true),
+        (Mode::Extended, Contexts::offered(true), true),
+        (Mode::Extended, Contexts::offered(false), false),
     ] {
-        let limits = Limits { mode, contexts, alignment, writable, size: 1 << 20 };
+        let limits = Limits { mode, contexts, writable, size: 1 << 20 };
         let mut rest = bytes;
         while let Some((header, payload)) = next(mode, &mut rest) {
             match request::check(&header, &limits) {

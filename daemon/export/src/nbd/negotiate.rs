@@ -66,8 +66,6 @@ pub(crate) struct Session {
     pub export: String,
     pub mode: Mode,
     pub contexts: Contexts,
-    /// The client promised that offsets and lengths are multiples of this many bytes; 1 if it did not.
-    pub alignment: u32,
 }
 
 /// Why a handshake ended without a session.
@@ -319,7 +317,7 @@ impl Negotiation {
         if !self.no_zeroes {
             out.resize(out.len() + 124, 0);
         }
-        Step::Transmission(Session { export: offer.name, mode: self.mode, contexts, alignment: 1 })
+        Step::Transmission(Session { export: offer.name, mode: self.mode, contexts })
     }
 
     fn export_flags(&self, offer: &Offer, status_payload: bool) -> u16 {
@@ -384,8 +382,7 @@ impl Negotiation {
             return Ok(None);
         }
         put(out, option, rep::ACK, &[]);
-        let alignment = if request.wants_block_size { sizes.minimum } else { 1 };
-        Ok(Some(Session { export: offer.name, mode: self.mode, contexts, alignment }))
+        Ok(Some(Session { export: offer.name, mode: self.mode, contexts }))
     }
 
     fn meta_context(

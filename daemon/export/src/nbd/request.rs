@@ -59,8 +59,6 @@ impl Header {
 pub(crate) struct Limits {
     pub mode: Mode,
     pub contexts: Contexts,
-    /// What the client promised to align to; 1 if nothing.
-    pub alignment: u32,
     pub writable: bool,
     /// Length of the export now, in bytes.
     pub size: u64,
@@ -165,14 +163,7 @@ pub(crate) fn check(header: &Header, limits: &Limits) -> Verdict {
     if !anywhere && let Some(text) = past_end(at, length, limits.size) {
         return Verdict::Refuse(text);
     }
-    let mask = u64::from(limits.alignment).wrapping_sub(1);
-    if !anywhere && (at | length) & mask != 0 {
-        let align = limits.alignment;
-        return Verdict::Refuse(format!(
-            "unaligned {} request; From: {at}, Len: {length}, Align: {align}",
-            command_name(command)
-        ));
-    }
+    // A client that has promised to keep to the minimum block size and does not is served all the same, as QEMU's server does.
     if header.flags & !valid_flags(command, limits) != 0 {
         let name = command_name(command);
         return Verdict::Refuse(format!("unsupported flags for command {name} (got {:#x})", header.flags));
@@ -246,7 +237,7 @@ mod tests {
     const SIZE: u64 = 1 << 20;
 
     fn limits(mode: Mode) -> Limits {
-        Limits { mode, contexts: Contexts::NONE, alignment: 1, writable: true, size: SIZE }
+        Limits { mode, contexts: Contexts::NONE, writable: true, size: SIZE }
     }
 
     fn header(command: u16, offset: u64, length: u64, flags: u16) -> Header {
@@ -316,12 +307,6 @@ mod tests {
         assert_eq!(refusal(&status, &structured), "CMD_BLOCK_STATUS not negotiated");
         let with = Limits { contexts: Contexts::offered(false), ..structured };
         assert_eq!(refusal(&header(cmd::BLOCK_STATUS, 0, 0, 0), &with), "need non-zero length");
-        let coarse = Limits { alignment: 512, ..simple };
-        assert_eq!(
-            refusal(&header(cmd::READ, 3, 512, 0), &coarse),
-            "unaligned read request; From: 3, Len: 512, Align: 512"
-        );
-        assert!(matches!(check(&header(cmd::READ, 1024, 512, 0), &coarse), Verdict::Serve(_)));
         let strange = Header { magic: EXTENDED_REQUEST_MAGIC, ..status };
         assert_eq!(
             check(&strange, &simple),

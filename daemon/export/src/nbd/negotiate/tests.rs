@@ -206,11 +206,11 @@ fn block_sizes_bind_who_asked_for_them() {
     assert_eq!(all[2].0, rep::ERR_BLOCK_SIZE_REQD);
     assert_eq!(all[2].1, b"request NBD_INFO_BLOCK_SIZE to use this export");
     assert_eq!(peer.ask(opt::INFO, &go("r", &[3]))[2], ACK);
-    for (infos, minimum, alignment) in [(&[][..], b"\0\x01", 1), (&[3], b"\x02\0", 512)] {
+    for (infos, minimum) in [(&[][..], b"\0\x01"), (&[3], b"\x02\0")] {
         let (raw, step) = Peer::new().raw(opt::GO, &go("r", infos));
         let (_, kind, data) = replies(&raw)[0].clone();
         assert_eq!((kind, data), sizes(minimum));
-        let session = Session { export: "r".to_owned(), mode: Mode::Simple, contexts: Contexts::NONE, alignment };
+        let session = Session { export: "r".to_owned(), mode: Mode::Simple, contexts: Contexts::NONE };
         assert_eq!(step, Step::Transmission(session));
     }
 }
