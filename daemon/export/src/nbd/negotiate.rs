@@ -367,7 +367,7 @@ impl Negotiation {
             tell(info::DESCRIPTION, &[description.as_bytes()]);
         }
         let sizes = offer.block_sizes;
-        // Who does not promise to keep to it may send anything, and is served all the same.
+        // Only who asks promises to keep to it. It is advice: what is not aligned is served all the same.
         let minimum = if option == opt::INFO || request.wants_block_size { sizes.minimum } else { 1 };
         let told = [minimum.to_be_bytes(), sizes.preferred.to_be_bytes(), sizes.maximum.to_be_bytes()];
         tell(info::BLOCK_SIZE, &[told.as_flattened()]);

@@ -198,7 +198,7 @@ fn a_name_that_is_not_text_is_echoed_as_it_is() {
 }
 
 #[test]
-fn block_sizes_bind_who_asked_for_them() {
+fn block_sizes_are_told_to_who_asks_for_them() {
     let sizes = |minimum: &[u8; 2]| (rep::INFO, [b"\0\x03\0\0", &minimum[..], b"\0\0\x10\0\x02\0\0\0"].concat());
     let mut peer = Peer::new();
     let all = peer.ask(opt::INFO, &go("r", &[]));
