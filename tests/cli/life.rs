@@ -51,7 +51,7 @@ fn lists_of_help() {
     assert!(ended.stdout.contains("iothread"), "{}", ended.stdout);
     let ended = Setup::new().line("--object iothread,help").run();
     assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
-    assert!(ended.stdout.contains("poll-max-ns"), "{}", ended.stdout);
+    assert!(ended.stdout.contains("thread-pool-max=<int>"), "{}", ended.stdout);
     let ended = Setup::new().line("--trace help").run();
     assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
     assert!(ended.stdout.lines().count() > 3, "{}", ended.stdout);
