@@ -164,7 +164,7 @@ fn help_as_a_value_starts_nothing() {
             assert!(ended.stderr.contains("Help is not available for this option"), "{}", ended.stderr);
         } else {
             assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
-            assert!(ended.stdout.lines().count() > 3, "{option} help: {}", ended.stdout);
+            assert!(ended.stdout.lines().count() > 1, "{option} help: {}", ended.stdout);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The same sequences of requests to the program under test and to the reference: the same replies, the same images.
 
 use tests::image::{Noise, contents};
-use tests::nbd::{Client, Headers, Reply, Request, cmd, flag};
+use tests::nbd::{Client, Headers, Reply, Request, cmd, flag, opt};
 use tests::{Daemon, Setup, program, skip};
 
 const SIZE: u64 = 1 << 20;
@@ -21,7 +21,8 @@ fn side(setup: Setup, image: &[u8], headers: Headers, options: &str) -> (Daemon,
     if headers != Headers::Simple {
         context = client.set_contexts("disk", &["base:allocation"]).unwrap()["base:allocation"];
     }
-    client.go("disk").unwrap();
+    // Without asking for block sizes: a client that asks has promised to keep them.
+    client.info(opt::GO, "disk", &[]).unwrap();
     (daemon, client, context)
 }
 
