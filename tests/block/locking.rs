@@ -38,8 +38,6 @@ fn the_bytes() {
     assert_eq!(locked(&[file(json!({})), exported("f", false)]), [100, 203].into(), "read by an export");
     assert_eq!(locked(&[file(json!({})), exported("f", true)]), [100, 101, 203].into(), "written by an export");
     assert_eq!(locked(&[file(json!({"read-only": true})), exported("f", false)]), [100, 203].into(), "read-only");
-    let shared = json!({"read-only": true, "force-share": true});
-    assert_eq!(locked(&[file(shared), exported("f", false)]), [100, 203].into(), "force-share");
     let off = json!({"locking": "off"});
     assert_eq!(locked(&[file(off), exported("f", true)]), [].into(), "locking=off");
     let on = json!({"locking": "on"});
@@ -51,6 +49,9 @@ fn the_bytes_below_raw() {
     assert_eq!(locked(&[file(json!({})), raw()]), [].into(), "a stack that nobody uses");
     assert_eq!(locked(&[file(json!({})), raw(), exported("r", false)]), [100, 203].into(), "read by an export");
     assert_eq!(locked(&[file(json!({})), raw(), exported("r", true)]), [100, 101, 203].into(), "written by an export");
+    let shared = json!({"driver": "raw", "node-name": "r", "read-only": true, "force-share": true,
+        "file": {"driver": "file", "filename": "a.img"}});
+    assert_eq!(locked(&[("blockdev-add", shared), exported("r", false)]), [100].into(), "force-share");
 }
 
 #[test]
