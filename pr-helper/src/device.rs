@@ -95,7 +95,7 @@ impl Executor {
         }
         let fd = device.fd.as_fd();
         if device.block && cdb.is_out() && self.is_device_mapper(device.number.major) {
-            return kernel_pr::reserve_out(fd, cdb, parameters);
+            return kernel_pr::reserve_out(fd, None, cdb, parameters, self.timeout);
         }
         let error = match scsi_device::execute(fd, cdb, parameters, self.timeout) {
             Ok(reply) => return reply,
@@ -107,7 +107,7 @@ impl Executor {
             && let Ok(namespace) = crate::sg_io::nvme_namespace(fd)
         {
             return if cdb.is_out() {
-                kernel_pr::reserve_out(fd, cdb, parameters)
+                kernel_pr::reserve_out(fd, Some(namespace), cdb, parameters, self.timeout)
             } else {
                 kernel_pr::reserve_in(fd, namespace, cdb, self.timeout)
             };

@@ -22,6 +22,9 @@ const KINDS: [(u32, Kind); 6] = [
     (6, Kind::ExclusiveAccessAllRegistrants),
 ];
 
+/// Reservation conflict: SCSI's and the kernel's; NVMe's 83h with and without "do not retry".
+const CONFLICTS: [i32; 3] = [0x18, 0x83, 0x4083];
+
 /// `PR_STS_IOERR`: the device answered CHECK CONDITION, and the kernel has kept the sense to itself.
 const CHECK_CONDITION: i32 = 0x02;
 
@@ -32,23 +35,49 @@ const UNIT_ATTENTIONS: usize = 9;
 /// The most keys that fit into the largest reply.
 const MAX_KEYS: usize = (ipc::classic::MAX_DATA - 8) / 8;
 
-/// PERSISTENT RESERVE OUT.
-pub fn reserve_out(device: BorrowedFd<'_>, cdb: &Cdb, parameters: &[u8]) -> Reply {
+/// PERSISTENT RESERVE OUT; of an NVMe namespace if `nvme` has its number, else of a map.
+pub fn reserve_out(
+    device: BorrowedFd<'_>,
+    nvme: Option<u32>,
+    cdb: &Cdb,
+    parameters: &[u8],
+    timeout: Duration,
+) -> Reply {
     let command = match translate(cdb, parameters) {
         Ok(command) => command,
         Err(sense) => return Reply::check(sense),
     };
-    let result = (0..UNIT_ATTENTIONS)
-        .map(|_| sg_io::pr_command(device, command))
-        .find(|result| !matches!(result, Ok(CHECK_CONDITION)))
-        .unwrap_or(Ok(CHECK_CONDITION));
+    let mut result = match (command, nvme) {
+        (PrCommand::Register { old, new: 0, ignore }, Some(namespace)) => {
+            sg_io::nvme_unregister(device, namespace, old, ignore, timeout)
+        }
+        _ => repeat(device, command),
+    };
+    // NVMe tells a first registration from a replaced one even if the present key does not matter, and the kernel
+    // takes a zero key for the former, `[NVM Express 2.0 §7.3]`.
+    if let (PrCommand::Register { old: 0, new: new @ 1.., ignore: true }, Ok(code)) = (command, &result)
+        && CONFLICTS.contains(code)
+    {
+        result = repeat(device, PrCommand::Register { old: u64::MAX, new, ignore: true });
+    }
     match result {
         Ok(code) => kernel_status(code),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => {
-            Reply::check(Sense::INVALID_OPCODE)
-        }
-        Err(e) => ioctl_error(&e),
+        Err(e) => kernel_error(&e),
     }
+}
+
+/// What the kernel does not know or does not allow is, for the client, a command that the device does not have.
+fn kernel_error(error: &io::Error) -> Reply {
+    match error.raw_os_error() {
+        Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EACCES | libc::EPERM) => Reply::check(Sense::INVALID_OPCODE),
+        _ => ioctl_error(error),
+    }
+}
+
+/// Executes the command until it no longer ends with a unit attention.
+fn repeat(device: BorrowedFd<'_>, command: PrCommand) -> io::Result<i32> {
+    let mut tries = (0..UNIT_ATTENTIONS).map(|_| sg_io::pr_command(device, command));
+    tries.find(|result| !matches!(result, Ok(CHECK_CONDITION))).unwrap_or(Ok(CHECK_CONDITION))
 }
 
 /// The kernel's command for a SCSI one, or what is wrong with it.
@@ -83,8 +112,7 @@ fn translate(cdb: &Cdb, list: &[u8]) -> Result<PrCommand, Sense> {
 fn kernel_status(code: i32) -> Reply {
     match code {
         0 => Reply::status(status::GOOD),
-        // Reservation conflict: SCSI's, and NVMe's 83h with or without "do not retry".
-        0x18 | 0x83 | 0x4083 => Reply::status(status::RESERVATION_CONFLICT),
+        code if CONFLICTS.contains(&code) => Reply::status(status::RESERVATION_CONFLICT),
         // Invalid opcode, invalid field: NVMe's.
         0x01 | 0x4001 => Reply::check(Sense::INVALID_OPCODE),
         0x4002 => Reply::check(Sense::INVALID_FIELD_IN_CDB),
@@ -109,10 +137,7 @@ pub fn reserve_in(device: BorrowedFd<'_>, namespace: u32, cdb: &Cdb, timeout: Du
             data.truncate(usize::try_from(cdb.data_length()).unwrap_or(usize::MAX));
             Reply { data, ..Reply::status(status::GOOD) }
         }
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EACCES | libc::EPERM)) => {
-            Reply::check(Sense::INVALID_OPCODE)
-        }
-        Err(e) => ioctl_error(&e),
+        Err(e) => kernel_error(&e),
     }
 }
 

@@ -63,7 +63,7 @@ struct PrRegistration(u64, u64, u32, u32);
 /// `struct pr_reservation`: key, type, flags.
 #[repr(C)]
 struct PrReservation(u64, u32, u32);
-/// `struct pr_preempt`: old key, new key, type, flags.
+/// `struct pr_preempt`: own key ("old"), victim's ("new"), type, flags.
 #[repr(C)]
 struct PrPreempt(u64, u64, u32, u32);
 /// `struct pr_clear`: key, flags, padding.
@@ -253,8 +253,8 @@ pub fn pr_command(device: BorrowedFd<'_>, command: PrCommand) -> io::Result<i32>
             unsafe { ioctl(device, PR_RELEASE, &raw mut argument) }
         }
         PrCommand::Preempt { key, victim, kind, abort } => {
-            // In <linux/pr.h> the victim's is the old key, one's own the new one.
-            let mut argument = PrPreempt(victim, key, kind, 0);
+            // What <linux/pr.h> calls the old key is one's own, the new key the victim's.
+            let mut argument = PrPreempt(key, victim, kind, 0);
             let request = if abort { PR_PREEMPT_ABORT } else { PR_PREEMPT };
             // SAFETY: see above.
             unsafe { ioctl(device, request, &raw mut argument) }
@@ -303,6 +303,23 @@ pub fn nvme_reservation_report(
     let command = NvmeCommand { opcode: 0x0e, namespace, ..NvmeCommand::default() };
     // Number of dwords, zero based; extended data structure.
     nvme(device, NVME_IO, command, [dwords.saturating_sub(1), 1], report, timeout)
+}
+
+/// Reservation Register, unregistering, `[NVM Express 2.0 §7.3]`. Returns the NVMe status.
+///
+/// IOC_PR_REGISTER cannot: with a new key of zero it replaces the key by zero, and the host stays registered.
+pub fn nvme_unregister(
+    device: BorrowedFd<'_>,
+    namespace: u32,
+    key: u64,
+    ignore: bool,
+    timeout: Duration,
+) -> io::Result<i32> {
+    let mut keys = [0; 16];
+    keys[..8].copy_from_slice(&key.to_le_bytes());
+    let command = NvmeCommand { opcode: 0x0d, namespace, ..NvmeCommand::default() };
+    // Unregister; ignore the existing key.
+    nvme(device, NVME_IO, command, [1 | u32::from(ignore) << 3, 0], &mut keys, timeout)
 }
 
 /// Identify Namespace, `[NVM Express 2.0 §5.17.2.1]`. Returns the NVMe status.

@@ -1,7 +1,8 @@
 #!/usr/bin/python3
 """Client of the qemu-pr-helper protocol: a module, and a small command.
 
-pr_client.py SOCKET DEVICE keys|reservation|capabilities|status
+DEVICE may be fd:N, a descriptor that is open already.
+pr_client.py SOCKET DEVICE list|keys|reservation|capabilities|status
 pr_client.py SOCKET DEVICE register|reserve|release|clear|preempt|abort|ignore [KEY [NEWKEY [TYPE]]]
 """
 import array, os, socket, struct, sys
@@ -138,10 +139,14 @@ def sense_key(sense):
 
 
 def main(path, dev, what, *nums):
-    c, fd = Client(path), os.open(dev, os.O_RDWR)
+    fd = int(dev[3:]) if dev.startswith("fd:") else os.open(dev, os.O_RDWR)
+    c = Client(path)
     ins = "keys reservation capabilities status".split()
-    outs = "register reserve release clear preempt abort ignore".split()
+    outs = "register reserve release clear preempt abort ignore move".split()
     key, new, typ = ([int(n, 0) for n in nums] + [0, 0, 0])[:3]
+    if what == "list":
+        print("keys", *map(hex, c.keys(fd)))
+        return 0
     if what in ins:
         status, sense, data = c.pr_in(fd, ins.index(what))
     else:
