@@ -73,13 +73,12 @@ impl Chardevs {
     /// Makes a device. One that is told to wait is made when its first client is there.
     ///
     /// # Errors
-    /// The name is taken or is none, options contradict each other, or the system refuses.
+    /// The name is taken, options contradict each other, or the system refuses.
     pub async fn add(&mut self, id: &str, backend: &ChardevBackend) -> Result<ChardevReturn> {
-        if !qapi::opts::is_identifier(id) {
-            return Err(Error::generic(format!("Invalid character device id '{id}'")));
-        }
         if self.devices.contains_key(id) {
-            return Err(Error::generic(format!("Chardev with id '{id}' already exists")));
+            return Err(Error::generic(format!(
+                "attempt to add duplicate property '{id}' to object (type 'container')"
+            )));
         }
         let label = Rc::new(Label::default());
         let (sort, source) = match &backend.kind {

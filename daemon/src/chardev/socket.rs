@@ -88,7 +88,7 @@ impl Socket {
                     return Some(Connection::new(channel, &self.label, now, self.name_without_client()));
                 }
                 Err(error) => {
-                    tracing::warn!(target: "chardev_client_lost", chardev = self.id, %error);
+                    tracing::warn!(target: "chardev_client_lost", "Character device {} lost a client: {error}", self.id);
                     tokio::time::sleep(SHORTAGE).await;
                 }
             }
@@ -112,7 +112,7 @@ impl Socket {
                 Ok(fd) => return fd,
                 Err(error) => {
                     if !warned {
-                        tracing::warn!(target: "chardev_client_lost", chardev = self.id, %error);
+                        tracing::warn!(target: "chardev_client_lost", "Character device {} lost a client: {error}", self.id);
                         warned = true;
                     }
                     tokio::time::sleep(SHORTAGE).await;
@@ -131,7 +131,7 @@ impl Socket {
                 Ok(fd) => return fd,
                 Err(error) => {
                     if !warned {
-                        tracing::warn!(target: "chardev_unable_to_connect", chardev = self.id, %error);
+                        tracing::warn!(target: "chardev_unable_to_connect", "Unable to connect character device {}: {error}", self.id);
                         warned = true;
                     }
                     pause.as_mut().await;

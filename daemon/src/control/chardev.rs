@@ -1,7 +1,7 @@
 //! Commands about character devices; the devices themselves are in [`crate::chardev`].
 
 use super::Control;
-use qapi::Result;
+use qapi::{Error, Result, ResultExt};
 use qapi::types::chardev::{
     ChardevAdd, ChardevBackendInfo, ChardevBackendKind, ChardevInfo, ChardevRemove, ChardevReturn, QueryChardev,
     QueryChardevBackends,
@@ -9,7 +9,11 @@ use qapi::types::chardev::{
 
 impl Control {
     pub(super) async fn chardev_add(&mut self, args: ChardevAdd) -> Result<ChardevReturn> {
-        self.chardevs.add(&args.id, &args.backend).await
+        if self.chardevs.type_of(&args.id).is_some() {
+            return Err(Error::generic(format!("Chardev with id '{}' already exists", args.id)));
+        }
+        let added = self.chardevs.add(&args.id, &args.backend).await;
+        added.with_context(|| format!("Failed to add chardev '{}'", args.id))
     }
 
     pub(super) async fn chardev_remove(&mut self, args: ChardevRemove) -> Result<()> {
