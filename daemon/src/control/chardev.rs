@@ -1,11 +1,11 @@
 //! Commands about character devices; the devices themselves are in [`crate::chardev`].
 
 use super::Control;
-use qapi::{Error, Result, ResultExt};
 use qapi::types::chardev::{
     ChardevAdd, ChardevBackendInfo, ChardevBackendKind, ChardevInfo, ChardevRemove, ChardevReturn, QueryChardev,
     QueryChardevBackends,
 };
+use qapi::{Error, Result, ResultExt};
 
 impl Control {
     pub(super) async fn chardev_add(&mut self, args: ChardevAdd) -> Result<ChardevReturn> {
