@@ -72,10 +72,10 @@ fn option(name: &'static str, value: &'static str, help: &'static str) -> Arg {
 }
 
 fn flag(name: &'static str, help: &'static str) -> Arg {
-    Arg::new(name).long(name).action(ArgAction::Count).help(help)
+    Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
 }
 
-/// The definition of the command line.
+/// The definition of the command line, as `--help` and the manual page show it.
 pub fn command() -> Command {
     Command::new("qemu-storage-daemon")
         .about("Serves disk images without a virtual machine")
@@ -83,29 +83,31 @@ pub fn command() -> Command {
         .disable_help_flag(true)
         .disable_version_flag(true)
         .infer_long_args(true)
-        .max_term_width(100)
+        .args_override_self(true)
         .args([
             option(
                 "blockdev",
                 "[driver=]DRIVER,node-name=NAME[,KEY=VALUE...]",
-                "Make a block node. Drivers: file, host_device (filename=PATH, locking=auto|on|off, \
-                 aio=threads|native|io_uring), raw (file=NODE, offset=BYTES, size=BYTES), null-co, null-aio (size=BYTES). \
-                 All drivers: read-only=on|off, auto-read-only=on|off, force-share=on|off, cache.direct=on|off, \
-                 cache.no-flush=on|off, discard=ignore|unmap, detect-zeroes=off|on|unmap",
+                "Make a block node. \"help\" lists the drivers, \"DRIVER,help\" the keys of one.\n\
+                 All drivers: read-only=on|off, auto-read-only=on|off, force-share=on|off,\n\
+                 cache.direct=on|off, cache.no-flush=on|off, discard=ignore|unmap,\n\
+                 detect-zeroes=off|on|unmap",
             ),
             option(
                 "chardev",
                 "[backend=]TYPE,id=ID[,KEY=VALUE...]",
-                "Make a character device, for a monitor to talk on. Types: socket (path=PATH or host=HOST,port=PORT or \
-                 fd=NUMBER, server=on|off, wait=on|off), stdio. 'help' lists the types",
+                "Make a character device, for a monitor to talk on. \"help\" lists the types,\n\
+                 \"TYPE,help\" the keys of one. The usual one:\n\
+                 socket,id=ID,path=PATH,server=on,wait=off",
             ),
-            flag("daemonize", "Go to the background once everything is set up; the exit status tells whether it worked"),
+            flag("daemonize", "Go to the background once everything is set up; the exit status tells if it worked"),
             option(
                 "export",
-                "[type=]nbd,id=ID,node-name=NAME[,KEY=VALUE...]",
-                "Export a block node. nbd (needs --nbd-server): name=NAME, description=TEXT, allocation-depth=on|off. \
-                 All types: writable=on|off, writethrough=on|off, iothread=ID (or iothread.0=ID,iothread.1=ID...), \
-                 fixed-iothread=on|off",
+                "[type=]TYPE,id=ID,node-name=NAME[,KEY=VALUE...]",
+                "Export a block node. \"help\" lists the types, \"TYPE,help\" the keys of one.\n\
+                 nbd (needs --nbd-server): name=NAME, description=TEXT, allocation-depth=on|off.\n\
+                 All types: writable=on|off, writethrough=on|off, fixed-iothread=on|off,\n\
+                 iothread=ID or iothread.0=ID,iothread.1=ID,...",
             ),
             option(
                 "monitor",
@@ -114,31 +116,38 @@ pub fn command() -> Command {
             ),
             option(
                 "nbd-server",
-                "addr.type=inet|unix|vsock|fd,addr.KEY=VALUE...",
-                "Start the NBD server. unix: addr.path=PATH; inet: addr.host=HOST,addr.port=PORT; vsock: \
-                 addr.cid=CID,addr.port=PORT; fd: addr.str=NUMBER. All: max-connections=N (100; 0 is no limit), \
-                 handshake-max-seconds=N (10; 0 is no limit)",
+                "addr.type=TYPE,addr.KEY=VALUE...[,KEY=VALUE...]",
+                "Start the NBD server.\n\
+                 unix: addr.path=PATH; inet: addr.host=HOST,addr.port=PORT;\n\
+                 vsock: addr.cid=CID,addr.port=PORT; fd: addr.str=NUMBER.\n\
+                 All: max-connections=N (100 if not given; 0 is no limit),\n\
+                 handshake-max-seconds=N (10 if not given; 0 is no limit)",
             ),
-            option("object", "[qom-type=]TYPE,id=ID[,KEY=VALUE...]", "Make an object. 'help' lists the types, 'TYPE,help' a type's properties"),
+            option(
+                "object",
+                "[qom-type=]TYPE,id=ID[,KEY=VALUE...]",
+                "Make an object. \"help\" lists the types, \"TYPE,help\" the properties of one",
+            ),
             option(
                 "pidfile",
                 "PATH",
-                "Write the process ID to this file when everything is set up, keep it locked, and remove it at the end",
+                "Write the process ID to this file when everything is set up, keep it locked,\n\
+                 and remove it at the end",
             ),
             option(
                 "trace",
                 "[[enable=]PATTERN][,events=FILE][,file=FILE]",
-                "Write trace events whose names match PATTERN (with * and ?), or the patterns in FILE, to standard error or \
-                 a file. 'help' lists the events",
+                "Write trace events whose names match PATTERN (with * and ?), or the patterns in\n\
+                 the events file, to standard error or a file. \"help\" lists the events",
             )
             .short('T'),
             flag("help", "Print this help").short('h'),
             flag("version", "Print the version").short('V'),
-            Arg::new("unexpected").action(ArgAction::Append).num_args(0..).hide(true),
         ])
         .after_help(
-            "Options are carried out in the order given: define a thing before you use it. Values are KEY=VALUE lists \
-             (a comma inside a value is doubled, nested keys are dotted) or JSON objects in braces.\n\n\
+            "Options are carried out in the order given: define a thing before you use it.\n\
+             Values are KEY=VALUE lists (a comma inside a value is doubled, nested keys are\n\
+             dotted) or JSON objects in braces.\n\n\
              Examples:\n\
              \x20 Serve disk.img to NBD clients, with a monitor:\n\
              \x20   qemu-storage-daemon \\\n\
@@ -157,8 +166,11 @@ pub fn command() -> Command {
 /// # Errors
 /// An option that does not exist, or one without its value.
 pub fn parse(arguments: &[String]) -> Result<Invocation> {
-    let matches = command().no_binary_name(true).try_get_matches_from(arguments).map_err(|error| refusal(&error))?;
-    let given = |name: &str| matches.get_count(name) > 0;
+    // What is no option is caught in its place in the order.
+    let stray = Arg::new("unexpected").action(ArgAction::Append).num_args(0..);
+    let definition = command().arg(stray).no_binary_name(true);
+    let matches = definition.try_get_matches_from(arguments).map_err(|error| refusal(&error))?;
+    let given = |name: &str| matches.get_flag(name);
     let first = |name: &str| matches.index_of(name).unwrap_or(usize::MAX);
     match (given("help"), given("version")) {
         (true, true) if first("version") < first("help") => return Ok(Invocation::Version),
