@@ -94,10 +94,12 @@ impl Control {
     /// An empty daemon.
     pub fn new(events: Events) -> Self {
         let (sender, inbox) = mpsc::unbounded_channel();
+        let drivers = drivers::Drivers::default();
+        let objects = object::Objects::new(drivers.throttle_groups.clone());
         Self {
-            graph: Graph::new(Arc::new(drivers::Drivers)),
+            graph: Graph::new(Arc::new(drivers)),
             exports: export::Exports::default(),
-            objects: object::Objects::default(),
+            objects,
             chardevs: crate::chardev::Chardevs::default(),
             events,
             handle: Handle { sender },
@@ -146,6 +148,7 @@ impl Control {
 
     /// Ends everything, users before what they use: exports and servers, nodes, objects.
     pub async fn shut_down(&mut self) {
+        self.graph.release_all();
         self.close_exports().await;
         self.graph.close_all().await;
         self.close_objects().await;

@@ -244,6 +244,13 @@ pub trait Driver: Send + Sync + 'static {
     /// The prepared permissions will not come: back to the old ones.
     fn abort_perms(&self) {}
 
+    /// A drain begins above this node: what the driver holds back (not what it waits for) must go on now, and what still comes
+    /// must not be held back, until [`Driver::drain_end`]. Nests.
+    fn drain_begin(&self) {}
+
+    /// Takes one [`Driver::drain_begin`] back.
+    fn drain_end(&self) {}
+
     /// The node is gone from the graph, nothing is in flight, everything has been flushed: releases locks and files.
     fn close(&self) -> impl Future<Output = ()> {
         async {}
@@ -272,6 +279,10 @@ macro_rules! mirror {
             fn commit_perms(&self);
             /// [`Driver::abort_perms`].
             fn abort_perms(&self);
+            /// [`Driver::drain_begin`].
+            fn drain_begin(&self);
+            /// [`Driver::drain_end`].
+            fn drain_end(&self);
         }
 
         impl<D: Driver> DynDriver for D {
@@ -301,6 +312,12 @@ macro_rules! mirror {
             }
             fn abort_perms(&self) {
                 Driver::abort_perms(self);
+            }
+            fn drain_begin(&self) {
+                Driver::drain_begin(self);
+            }
+            fn drain_end(&self) {
+                Driver::drain_end(self);
             }
         }
     };

@@ -15,7 +15,7 @@ use crate::edge::{Edge, Parent};
 use crate::node::Node;
 use crate::perm::{Bits, Perms};
 use qapi::{Error, Result};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Weak};
 
 struct Entry {
@@ -44,10 +44,30 @@ impl std::fmt::Debug for Graph {
 #[derive(Debug)]
 pub struct Drained {
     disks: Vec<Arc<disk::Inner>>,
+    /// All nodes below them: their drivers hold nothing back.
+    nodes: Vec<Arc<Node>>,
+}
+
+impl Drained {
+    /// Closes the gates of `disks` and waits until nothing is inside.
+    async fn new(disks: Vec<Arc<disk::Inner>>) -> Self {
+        for disk in &disks {
+            disk.gate.close();
+        }
+        let drained = Self { nodes: nodes_below(&disks), disks };
+        for node in &drained.nodes {
+            node.driver().drain_begin();
+        }
+        for disk in &drained.disks {
+            disk.gate.empty().await;
+        }
+        drained
+    }
 }
 
 impl Drop for Drained {
     fn drop(&mut self) {
+        self.nodes.iter().for_each(|node| node.driver().drain_end());
         self.disks.iter().for_each(|disk| disk.gate.open());
     }
 }
@@ -165,24 +185,23 @@ impl Graph {
 
     /// Ends the use. Requests that are inside are waited for.
     pub async fn detach(&mut self, disk: Disk) {
-        disk.inner.gate.close();
-        disk.inner.gate.empty().await;
+        let drained = Drained::new(vec![Arc::clone(&disk.inner)]).await;
         let node = disk.node();
         unlink(&disk.inner.edge);
         permissions::loosen(&node).await;
+        // Its gate stays closed for whoever still has a clone of the disk.
+        disk.inner.gate.close();
+        drop(drained);
+    }
+
+    /// The process is about to end: from now on drivers hold no request back, so that exports can close at once.
+    pub fn release_all(&self) {
+        self.nodes().for_each(|node| node.driver().drain_begin());
     }
 
     /// Waits until no request is inside any disk above `node`, and keeps new ones out while the result lives.
     pub async fn drain(&self, node: &Arc<Node>) -> Drained {
-        let disks = disks_above(node);
-        for disk in &disks {
-            disk.gate.close();
-        }
-        let drained = Drained { disks };
-        for disk in &drained.disks {
-            disk.gate.empty().await;
-        }
-        drained
+        Drained::new(disks_above(node)).await
     }
 
     /// Sets the length of a node, in bytes; its users learn of it.
@@ -223,6 +242,20 @@ fn unlink_children(node: &Arc<Node>) -> Vec<Arc<Node>> {
             edge.node()
         })
         .collect()
+}
+
+/// Every node that requests of these disks can reach.
+fn nodes_below(disks: &[Arc<disk::Inner>]) -> Vec<Arc<Node>> {
+    let mut seen = HashSet::new();
+    let mut nodes = Vec::new();
+    let mut todo: Vec<_> = disks.iter().map(|disk| disk.edge.node()).collect();
+    while let Some(node) = todo.pop() {
+        if seen.insert(Arc::as_ptr(&node).addr()) {
+            todo.extend(node.children().iter().map(|edge| edge.node()));
+            nodes.push(node);
+        }
+    }
+    nodes
 }
 
 fn disks_above(node: &Arc<Node>) -> Vec<Arc<disk::Inner>> {

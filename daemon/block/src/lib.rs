@@ -11,6 +11,8 @@
 //! | [`graph`] | [`Graph`]: the only writer: adds, deletes, resizes, attaches; plan, then drain, then commit |
 //! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
 //! | [`stats`] | counters of nodes and disks |
+//! | [`throttle`] | limits of throughput, shared by groups of nodes |
+//! | [`clock`] | the time, so that tests can move it |
 //!
 //! Two threads of control meet here. The *control task* owns [`Graph`] and is the only one that changes anything
 //! structural. *Requests* run on the IOThread that issued them, read the structure through snapshots, and never wait for
@@ -20,6 +22,7 @@
 //! wait for a drain that waits for its parent. To change an edge the control task closes the gates of all disks above it.
 #![forbid(unsafe_code)]
 
+pub mod clock;
 pub mod disk;
 pub mod driver;
 pub mod edge;
@@ -32,6 +35,7 @@ pub mod stats;
 pub mod status;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod throttle;
 
 pub use disk::Disk;
 pub use driver::{Driver, DynDriver, Facts, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};

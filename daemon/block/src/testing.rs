@@ -2,15 +2,18 @@
 //!
 //! It keeps to the contract it is given: a request outside its facts panics, so that a test sees the core break its promise.
 
-use crate::driver::{Driver, Facts, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
+use crate::clock::Clock;
+use crate::driver::{Driver, Facts, LocalFuture, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
 use crate::graph::{Graph, OpenContext, Opener};
 use crate::{DynDriver, IoResult};
 use buf::IoBuf;
 use nix::errno::Errno;
 use qapi::types::block::BlockdevOptions;
 use qapi::{Error, Result};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 
 /// What the tests see of a [`MemoryDriver`].
 #[derive(Debug, Default)]
@@ -134,6 +137,108 @@ impl Driver for MemoryDriver {
     }
 }
 
+/// A clock that stands still until a test moves it.
+#[derive(Debug, Default)]
+pub struct ManualClock {
+    state: Mutex<ManualTime>,
+}
+
+#[derive(Debug, Default)]
+struct ManualTime {
+    now: u64,
+    /// Who sleeps until when.
+    sleepers: Vec<(u64, Waker)>,
+}
+
+impl ManualClock {
+    fn lock(&self) -> std::sync::MutexGuard<'_, ManualTime> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A clock at zero, to hand to what is tested.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Moves the clock to `now` nanoseconds and wakes who slept until then. It never goes back.
+    pub fn advance_to(&self, now: u64) {
+        let due = {
+            let mut time = self.lock();
+            time.now = time.now.max(now);
+            let now = time.now;
+            let (due, later) = std::mem::take(&mut time.sleepers).into_iter().partition(|(at, _)| *at <= now);
+            time.sleepers = later;
+            let due: Vec<(u64, Waker)> = due;
+            due
+        };
+        due.into_iter().for_each(|(_, waker)| waker.wake());
+    }
+
+    /// When the next sleeper is due, in nanoseconds.
+    pub fn next(&self) -> Option<u64> {
+        self.lock().sleepers.iter().map(|(at, _)| *at).min()
+    }
+
+    /// How many timers are set.
+    pub fn timers(&self) -> usize {
+        self.lock().sleepers.len()
+    }
+}
+
+/// The clock as the tested code holds it.
+#[derive(Clone, Debug)]
+pub struct ManualHandle(pub Arc<ManualClock>);
+
+impl Clock for ManualHandle {
+    fn now(&self) -> u64 {
+        self.0.lock().now
+    }
+
+    fn sleep_until(&self, at: u64) -> LocalFuture<'static, ()> {
+        Box::pin(ManualSleep { clock: Arc::clone(&self.0), at, waker: None })
+    }
+}
+
+/// Leaves the list of sleepers when dropped, as a timer does.
+struct ManualSleep {
+    clock: Arc<ManualClock>,
+    at: u64,
+    waker: Option<Waker>,
+}
+
+impl ManualSleep {
+    fn leave(&mut self, time: &mut ManualTime) {
+        if let Some(old) = self.waker.take()
+            && let Some(i) = time.sleepers.iter().position(|(at, waker)| *at == self.at && waker.will_wake(&old))
+        {
+            time.sleepers.swap_remove(i);
+        }
+    }
+}
+
+impl Future for ManualSleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let clock = Arc::clone(&self.clock);
+        let mut time = clock.lock();
+        self.leave(&mut time);
+        if time.now >= self.at {
+            return Poll::Ready(());
+        }
+        time.sleepers.push((self.at, cx.waker().clone()));
+        self.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for ManualSleep {
+    fn drop(&mut self) {
+        let clock = Arc::clone(&self.clock);
+        self.leave(&mut clock.lock());
+    }
+}
+
 /// A table without drivers: the graphs of tests adopt theirs.
 #[derive(Debug)]
 pub struct NoDrivers;
@@ -143,7 +248,7 @@ impl Opener for NoDrivers {
         &'a self,
         _cx: &'a mut OpenContext<'_>,
         _options: &'a BlockdevOptions,
-    ) -> crate::driver::LocalFuture<'a, Result<Box<dyn DynDriver>>> {
+    ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>> {
         Box::pin(async { Err(Error::generic("there are no drivers in this test")) })
     }
 }

@@ -5,23 +5,40 @@
 //! | [`file`] | `file`, `host_device` |
 //! | [`raw`] | `raw` |
 //! | [`null`] | `null-co`, `null-aio` |
+//! | [`throttle`] | `throttle` |
+//! | [`filter`] | none: what those share that show the bytes of another node |
 //!
 //! Drivers never import each other. Each owns its medium's state and nothing else; see [`block::Driver`] for what the core
 //! promises them.
 #![forbid(unsafe_code)]
 
 pub mod file;
+pub mod filter;
 pub mod null;
 pub mod raw;
+pub mod throttle;
 
+use block::clock::SystemClock;
 use block::driver::LocalFuture;
+use block::throttle::Groups;
 use block::{DynDriver, OpenContext, Opener};
 use qapi::Result;
 use qapi::types::block::{BlockdevDriverOptions, BlockdevOptions};
+use std::sync::Arc;
 
-/// The table of the drivers of this crate.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Drivers;
+/// The table of the drivers of this crate, and the objects that their options name.
+#[derive(Clone, Debug)]
+pub struct Drivers {
+    /// The user's throttle groups.
+    pub throttle_groups: Groups,
+}
+
+impl Default for Drivers {
+    /// No objects, and the host's time.
+    fn default() -> Self {
+        Self { throttle_groups: Groups::new(Arc::new(SystemClock::default())) }
+    }
+}
 
 impl Opener for Drivers {
     fn open<'a>(
@@ -36,6 +53,9 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),
                 BlockdevDriverOptions::NullCo(null) => boxed(null::open("null-co", null)?),
                 BlockdevDriverOptions::Raw(raw) => boxed(raw::open(cx, raw).await?),
+                BlockdevDriverOptions::Throttle(throttle) => {
+                    boxed(throttle::open(cx, &self.throttle_groups, throttle).await?)
+                }
             })
         })
     }

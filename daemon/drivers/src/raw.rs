@@ -3,11 +3,10 @@
 //! The child does the work: it is asked for the same request at another offset, through its node, which checks alignment
 //! and emulates what its driver lacks.
 
+use crate::filter::{self, len_of};
 use block::driver::Prealloc;
 use block::perm::Bits;
-use block::{
-    Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, Support, WriteFlags, ZeroFlags,
-};
+use block::{Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::types::block::BlockdevOptionsRaw;
 use qapi::{Error, Result};
@@ -78,10 +77,6 @@ impl Raw {
     }
 }
 
-fn len_of(buf: &IoBuf) -> u64 {
-    u64::try_from(buf.len()).unwrap_or(u64::MAX)
-}
-
 impl Driver for Raw {
     fn name(&self) -> &'static str {
         "raw"
@@ -91,37 +86,17 @@ impl Driver for Raw {
         let child = self.file.facts();
         // An offset off the child's units would make what is aligned here unaligned there; the child's node copes.
         let aligned = self.offset.is_multiple_of(u64::from(child.request_align));
-        Facts {
-            request_align: if aligned { child.request_align } else { 1 },
-            // The child's node emulates what its driver lacks.
-            fua: Support::Native,
-            zero: Support::Native,
-            zero_align: 1,
-            discard: child.discard,
-            discard_align: 1,
-            ..(*child).clone()
-        }
+        Facts { request_align: if aligned { child.request_align } else { 1 }, ..filter::facts(&self.file) }
     }
 
     fn filename(&self) -> String {
-        let node = self.file.node();
-        let below = node.driver().filename();
         if self.size.is_none() && !self.named_offset {
-            return below;
+            return self.file.node().driver().filename();
         }
-        // The child as its own description, or as a driver with a file name.
-        let file = below.strip_prefix("json:").and_then(|json| serde_json::from_str::<serde_json::Value>(json).ok());
-        let file =
-            file.unwrap_or_else(|| serde_json::json!({ "driver": node.driver().name(), "filename": below.clone() }));
-        let mut json = serde_json::json!({ "driver": "raw" });
-        if self.named_offset {
-            json["offset"] = self.offset.into();
-        }
-        if let Some(size) = self.size {
-            json["size"] = size.into();
-        }
-        json["file"] = file;
-        format!("json:{json}")
+        let offset = self.named_offset.then(|| ("offset", self.offset.into()));
+        let size = self.size.map(|size| ("size", size.into()));
+        let options: Vec<_> = offset.into_iter().chain(size).collect();
+        filter::describe("raw", &options, &[("file", &self.file)])
     }
 
     async fn length(&self) -> IoResult<u64> {

@@ -4,8 +4,10 @@
 //! Each type of object has a row in [`TYPES`], a variant of [`Object`] and a file of its own.
 
 mod iothread;
+mod throttle_group;
 
 use super::Control;
+use block::throttle::Groups;
 use io::IoThread;
 use iothread::Iothread;
 use qapi::types::qom::{
@@ -14,6 +16,7 @@ use qapi::types::qom::{
 };
 use qapi::{Error, ErrorClass, Result, Value};
 use std::sync::Arc;
+use throttle_group::ThrottleGroup;
 
 /// What every type of object does with its properties.
 trait UserObject {
@@ -32,24 +35,28 @@ trait UserObject {
 /// An object of the user's, by its type.
 enum Object {
     Iothread(Iothread),
+    ThrottleGroup(ThrottleGroup),
 }
 
 impl Object {
     fn type_name(&self) -> &'static str {
         match self {
             Object::Iothread(_) => "iothread",
+            Object::ThrottleGroup(_) => "throttle-group",
         }
     }
 
     fn as_user(&self) -> &dyn UserObject {
         match self {
             Object::Iothread(object) => object,
+            Object::ThrottleGroup(object) => object,
         }
     }
 
     fn as_user_mut(&mut self) -> &mut dyn UserObject {
         match self {
             Object::Iothread(object) => object,
+            Object::ThrottleGroup(object) => object,
         }
     }
 }
@@ -60,9 +67,10 @@ struct Entry {
 }
 
 /// The user's objects, oldest first.
-#[derive(Default)]
 pub(super) struct Objects {
     list: Vec<Entry>,
+    /// The groups by name, as drivers find them.
+    throttle_groups: Groups,
 }
 
 /// A type of objects.
@@ -98,6 +106,7 @@ const TYPES: &[Type] = &[
     plain("container", "object"),
     base("event-loop-base", Some("object")),
     made_by_users("iothread", "event-loop-base", &[("thread-pool-min", "int"), ("thread-pool-max", "int")]),
+    made_by_users("throttle-group", "object", throttle_group::PROPERTIES),
     base("chardev", Some("object")),
     plain("chardev-socket", "chardev"),
     plain("chardev-stdio", "chardev"),
@@ -140,6 +149,11 @@ fn integer(name: &str, value: &Value) -> Result<i64> {
 }
 
 impl Objects {
+    /// No objects yet; throttle groups will go to `throttle_groups`.
+    pub fn new(throttle_groups: Groups) -> Self {
+        Self { list: Vec::new(), throttle_groups }
+    }
+
     fn find(&self, id: &str) -> Option<&Entry> {
         self.list.iter().find(|entry| entry.id == id)
     }
@@ -167,6 +181,9 @@ impl Control {
         }
         let object = match &object {
             ObjectVariant::Iothread(properties) => Object::Iothread(Iothread::start(&id, properties)?),
+            ObjectVariant::ThrottleGroup(properties) => {
+                Object::ThrottleGroup(ThrottleGroup::add(&self.objects.throttle_groups, &id, properties)?)
+            }
         };
         self.objects.list.push(Entry { id, object });
         Ok(())
@@ -188,6 +205,7 @@ impl Control {
         for entry in self.objects.list.drain(..) {
             match entry.object {
                 Object::Iothread(object) => object.thread().stop().await,
+                Object::ThrottleGroup(_) => {}
             }
         }
     }

@@ -28,7 +28,7 @@ where
 }
 
 pub fn graph() -> Graph {
-    Graph::new(Arc::new(Drivers))
+    Graph::new(Arc::new(Drivers::default()))
 }
 
 pub fn options(json: &Value) -> BlockdevOptions {

@@ -3,6 +3,7 @@
 //! A driver is one struct with its options, and one variant of [`BlockdevDriverOptions`].
 
 use crate::Qapi;
+use crate::types::block_filters::*;
 
 /// What becomes of discard requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
@@ -97,6 +98,8 @@ pub enum BlockdevDriverOptions {
     NullCo(BlockdevOptionsNull),
     /// An image without format, or a part of one.
     Raw(BlockdevOptionsRaw),
+    /// Limits the throughput of another node.
+    Throttle(BlockdevOptionsThrottle),
 }
 
 /// A node, by name or by definition.

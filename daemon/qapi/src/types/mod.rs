@@ -5,6 +5,7 @@
 //! lacks, `since` says so.
 
 pub mod block;
+pub mod block_filters;
 pub mod block_query;
 pub mod chardev;
 pub mod control;
@@ -12,3 +13,4 @@ pub mod export;
 pub mod introspect;
 pub mod qom;
 pub mod sockets;
+pub mod throttle;

@@ -1,5 +1,6 @@
 //! Objects that the user makes, and the tree they stand in.
 
+use crate::types::throttle::ThrottleGroupProperties;
 use crate::{Qapi, Value};
 
 /// A thread that runs requests of exports.
@@ -31,6 +32,8 @@ pub struct ObjectOptions {
 pub enum ObjectVariant {
     /// A thread that runs requests of exports.
     Iothread(IothreadProperties),
+    /// Limits of throughput that several nodes share.
+    ThrottleGroup(Box<ThrottleGroupProperties>),
 }
 
 /// Deletes an object that nothing uses.
