@@ -1,8 +1,11 @@
 //! What the tests of drivers share: a graph on an IOThread, users of nodes, loop devices.
 #![allow(dead_code, clippy::unwrap_used, clippy::print_stdout, reason = "each test takes what it needs")]
 
+pub mod suite;
+
 use block::disk::DiskOptions;
 use block::perm::Bits;
+use block::throttle::{Limit, Limits};
 use block::{Disk, Graph, Perms};
 use drivers::Drivers;
 use io::{IoThread, Params, RingUse};
@@ -27,8 +30,19 @@ where
     });
 }
 
+/// An empty graph; drivers find the throttle groups `fast`, which has limits that no test reaches, and `unlimited`.
 pub fn graph() -> Graph {
-    Graph::new(Arc::new(Drivers::default()))
+    graph_with().0
+}
+
+/// The same, and what its drivers find.
+pub fn graph_with() -> (Graph, Drivers) {
+    let drivers = Drivers::default();
+    let rate = |avg| Limit { avg, ..Limit::default() };
+    let fast = Limits { buckets: [1 << 40, 0, 0, 0, 1 << 40, 1 << 40].map(rate), op_size: 4096 };
+    drivers.throttle_groups.add("fast", fast).unwrap();
+    drivers.throttle_groups.add("unlimited", Limits::default()).unwrap();
+    (Graph::new(Arc::new(drivers.clone())), drivers)
 }
 
 pub fn options(json: &Value) -> BlockdevOptions {
