@@ -246,7 +246,8 @@ mod tests {
             .expect("a list")
             .iter()
             .find(|e| e["tag"] == "driver" && e["members"].as_array().is_some_and(|members| members.len() == 1));
-        assert_eq!(stats.expect("BlockStatsSpecific")["variants"].as_array().map(Vec::len), Some(5));
+        let drivers = crate::types::block::BlockdevDriver::ALL.len();
+        assert_eq!(stats.expect("BlockStatsSpecific")["variants"].as_array().map(Vec::len), Some(drivers));
     }
 
     #[test]
