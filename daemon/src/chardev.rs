@@ -143,3 +143,17 @@ impl Chardevs {
         device.port.take().ok_or_else(|| Error::generic(format!("chardev '{id}' is already in use")))
     }
 }
+
+#[cfg(test)]
+pub mod testing {
+    //! Ports for the tests of what talks on them.
+
+    use super::*;
+
+    /// A port with one client.
+    pub fn port(client: std::os::unix::net::UnixStream) -> ChardevPort {
+        let channel = io::Channel::socket(client.into()).expect("a channel");
+        let label = Rc::new(Label::default());
+        ChardevPort(Source::Stdio(Some(Connection::new(channel, &label, String::new(), String::new()))))
+    }
+}

@@ -226,3 +226,102 @@ async fn complete(running: &mut Option<Running>) -> Result<Value> {
     *running = None;
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{Control, Message};
+    use qapi::types::export::BlockExportDeleted;
+    use qmp::session::MAX_EVENT_BYTES;
+    use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::UnixStream;
+    use tokio::task::LocalSet;
+
+    type Peer = BufReader<UnixStream>;
+
+    /// A client of a monitor, and what is needed to end the monitor.
+    fn monitor(events: &Events, control: &Control) -> (Peer, Monitor) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+        let options = MonitorOptions { id: None, mode: MonitorMode::Control, pretty: false, chardev: "c".to_owned() };
+        let port = crate::chardev::testing::port(theirs.into_std().expect("a socket"));
+        (BufReader::new(ours), start(port, &options, control.handle(), events).expect("a monitor"))
+    }
+
+    async fn line(client: &mut Peer) -> Value {
+        let mut text = Vec::new();
+        while !text.ends_with(b"\r\n") {
+            client.read_until(b'\n', &mut text).await.expect("more of a line");
+        }
+        serde_json::from_slice(&text).expect("JSON")
+    }
+
+    async fn negotiate(client: &mut Peer) {
+        assert!(line(client).await.get("QMP").is_some());
+        client.write_all(b"{'execute':'qmp_capabilities'}").await.expect("a request");
+        assert_eq!(line(client).await, serde_json::json!({"return": {}}));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_no_events_is_let_go_and_others_are_not() {
+        let work = async {
+            let events = Events::default();
+            let control = Control::new(events.clone());
+            let (mut deaf, first) = monitor(&events, &control);
+            let (mut reader, second) = monitor(&events, &control);
+            negotiate(&mut deaf).await;
+            negotiate(&mut reader).await;
+            let event = BlockExportDeleted { id: "e".repeat(1000) };
+            let mut told = 0;
+            while !first.task.is_finished() {
+                events.emit(&event);
+                told += 1;
+                assert_eq!(line(&mut reader).await["event"], "BLOCK_EXPORT_DELETED", "{told}");
+            }
+            assert!(told > MAX_EVENT_BYTES / 1200, "{told} events are fewer than there is room for");
+            // What fitted is still there, whole lines but for the last one, and then the end.
+            let mut rest = Vec::new();
+            deaf.read_to_end(&mut rest).await.expect("the end");
+            assert!(rest.starts_with(b"{\"timestamp\""));
+            events.emit(&event);
+            line(&mut reader).await;
+            drop(second.close().await);
+        };
+        LocalSet::new().run_until(work).await;
+    }
+
+    #[tokio::test]
+    async fn the_last_reply_comes_before_the_end_and_the_end_after_everything() {
+        let work = async {
+            let events = Events::default();
+            let mut control = Control::new(events.clone());
+            let (mut client, monitor) = monitor(&events, &control);
+            negotiate(&mut client).await;
+            client.write_all(b"{'execute':'quit','id':1}").await.expect("a request");
+            control.serve().await;
+            let connection = monitor.close().await;
+            assert_eq!(line(&mut client).await, serde_json::json!({"return": {}, "id": 1}));
+            assert!(client.get_ref().try_read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
+            drop(connection);
+            assert_eq!(client.read(&mut [0]).await.expect("the end"), 0);
+        };
+        LocalSet::new().run_until(work).await;
+    }
+
+    #[tokio::test]
+    async fn a_monitor_ends_whatever_its_client_and_its_command_do() {
+        let work = async {
+            let events = Events::default();
+            let control = Control::new(events.clone());
+            // Nobody serves: the command never ends.
+            let (mut client, monitor) = monitor(&events, &control);
+            negotiate(&mut client).await;
+            client.write_all(b"{'execute':'query-version'}{'exec").await.expect("a request and a half");
+            tokio::task::yield_now().await;
+            control.handle().send(Message::Shutdown);
+            drop(monitor.close().await);
+            // The half request may still be unread, which makes it a reset.
+            assert_eq!(client.read(&mut [0]).await.unwrap_or(0), 0);
+        };
+        LocalSet::new().run_until(work).await;
+    }
+}
