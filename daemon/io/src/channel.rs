@@ -4,7 +4,7 @@
 //! of file, for a monitor may be talked to through a pipe, a terminal or the null device.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -112,6 +112,16 @@ impl Channel {
                 };
                 ready.is_ok_and(|ready| ready.is_write_closed())
             }
+        }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // A socket that was passed to the process stays open under its number there, so closing ours would not be seen by
+        // the peer. What was written still arrives. If the peer has gone already, there is nobody to tell.
+        if let (None, Polled::Ready(fd)) = (&self.output, &self.input.fd) {
+            let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         }
     }
 }
