@@ -7,15 +7,20 @@
 //! After a receive or send that moved fewer bytes than it could, the socket is known to be empty or full, so the next call
 //! waits for readiness instead of asking the kernel in vain. (Readiness that arrives meanwhile is not lost: it is
 //! counted, and only what was seen before the call is cleared.)
+//!
+//! Room to send is only watched for while it is scarce: a unix socket reports it whenever its peer has taken something, which
+//! would wake the thread once more for each reply.
 
 use crate::send_queue::SendQueue;
 use crate::socket::BoundPath;
 use buf::IoBuf;
 use nix::errno::Errno;
 use nix::sys::socket::sockopt;
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::task::{Context, Poll, ready};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Entries of one gathered send or scattered receive.
@@ -24,7 +29,21 @@ const BATCH: usize = 128;
 /// A connected stream socket: unix, TCP or vsock.
 #[derive(Debug)]
 pub struct Stream {
+    /// Watched for bytes to receive.
     fd: AsyncFd<OwnedFd>,
+    /// Watches for room to send, since the socket was full.
+    room: RefCell<Option<Room>>,
+}
+
+/// Sends in a row that found room, after which it is not watched for any more.
+const CALM: u32 = 64;
+
+#[derive(Debug)]
+struct Room {
+    /// Another descriptor of the same socket, for the event loop knows each only once.
+    fd: AsyncFd<OwnedFd>,
+    /// Sends that found room since the socket was last full.
+    calm: u32,
 }
 
 impl Stream {
@@ -33,7 +52,7 @@ impl Stream {
     /// # Errors
     /// The descriptor cannot be polled, or no event loop runs here.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self { fd: register(fd)? })
+        Ok(Self { fd: register(fd, Interest::READABLE)?, room: RefCell::default() })
     }
 
     /// Gives the descriptor back, out of the event loop; it stays non-blocking.
@@ -138,48 +157,80 @@ impl Stream {
         let _ = nix::sys::socket::setsockopt(&self.fd, sockopt::TcpNoDelay, &true);
     }
 
+    /// Receives what is there without waiting. 0 is the end of the stream, or that there is no room in `bufs`.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is nothing; else the connection is broken.
+    pub fn try_recv(&self, bufs: &[&IoBuf]) -> io::Result<usize> {
+        loop {
+            match self.recv_once(bufs) {
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+                Ok((n, _)) => return Ok(n),
+            }
+        }
+    }
+
     fn poll_recv(&self, cx: &mut Context<'_>, bufs: &[&IoBuf]) -> Poll<io::Result<usize>> {
         loop {
             let mut ready = ready!(self.fd.poll_read_ready(cx))?;
-            let mut room = 0;
-            let result = {
-                let mut segments = bufs.iter().flat_map(|buf| buf.segments());
-                let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
-                let mut count = 0;
-                for (place, segment) in iov.iter_mut().zip(&mut segments) {
-                    *place = libc::iovec { iov_base: segment.ptr.as_ptr().cast(), iov_len: segment.len };
-                    room += segment.len;
-                    count += 1;
-                }
-                // SAFETY: the first `count` entries name memory that `bufs` keep valid, and there are BATCH at most.
-                unsafe { libc::readv(self.fd.as_raw_fd(), iov.as_ptr(), count) }
-            };
-            match usize::try_from(result) {
-                Ok(n) => {
+            match self.recv_once(bufs) {
+                Ok((n, room)) => {
                     if n < room && n > 0 {
                         ready.clear_ready();
                     }
                     return Poll::Ready(Ok(n));
                 }
-                Err(_) => match Errno::last() {
-                    Errno::EAGAIN => ready.clear_ready(),
-                    Errno::EINTR => {}
-                    e => return Poll::Ready(Err(e.into())),
-                },
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(Errno::EINTR) => {}
+                Err(e) => return Poll::Ready(Err(e.into())),
             }
         }
     }
 
+    /// One scattered receive: the bytes received, and how many there was room for.
+    fn recv_once(&self, bufs: &[&IoBuf]) -> Result<(usize, usize), Errno> {
+        let mut room = 0;
+        let mut segments = bufs.iter().flat_map(|buf| buf.segments());
+        let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
+        let mut count = 0;
+        for (place, segment) in iov.iter_mut().zip(&mut segments) {
+            *place = libc::iovec { iov_base: segment.ptr.as_ptr().cast(), iov_len: segment.len };
+            room += segment.len;
+            count += 1;
+        }
+        // SAFETY: the first `count` entries name memory that `bufs` keep valid, and there are BATCH at most.
+        let result = unsafe { libc::readv(self.fd.as_raw_fd(), iov.as_ptr(), count) };
+        usize::try_from(result).map(|n| (n, room)).map_err(|_| Errno::last())
+    }
+
     fn poll_send(&self, cx: &mut Context<'_>, queue: &mut SendQueue) -> Poll<io::Result<()>> {
-        loop {
-            let mut ready = ready!(self.fd.poll_write_ready(cx))?;
-            match self.send_once(queue) {
+        let mut place = self.room.borrow_mut();
+        let room = match &mut *place {
+            Some(room) => room,
+            none => match self.send_once(queue) {
                 Ok(Sent::All) => return Poll::Ready(Ok(())),
-                Ok(Sent::Some) => {
-                    ready.clear_ready();
+                Ok(Sent::Some) | Err(Errno::EAGAIN) => {
+                    let fd = register(self.fd.get_ref().try_clone()?, Interest::WRITABLE)?;
+                    none.insert(Room { fd, calm: 0 })
+                }
+                Err(e) => return Poll::Ready(Err(e.into())),
+            },
+        };
+        loop {
+            let mut ready = ready!(room.fd.poll_write_ready(cx))?;
+            match self.send_once(queue) {
+                Ok(Sent::All) => {
+                    room.calm += 1;
+                    if room.calm >= CALM {
+                        *place = None;
+                    }
                     return Poll::Ready(Ok(()));
                 }
-                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Ok(Sent::Some) | Err(Errno::EAGAIN) => {
+                    ready.clear_ready();
+                    room.calm = 0;
+                }
                 Err(e) => return Poll::Ready(Err(e.into())),
             }
         }
@@ -237,7 +288,7 @@ impl Listener {
     /// # Errors
     /// The descriptor cannot be polled, or no event loop runs here.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self { fd: register(fd)?, _path: None })
+        Ok(Self { fd: register(fd, Interest::READABLE)?, _path: None })
     }
 
     /// Removes the socket's path when the listener is dropped.
@@ -285,7 +336,7 @@ impl AsFd for Listener {
     }
 }
 
-fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     if tokio::runtime::Handle::try_current().is_err() {
         return Err(io::Error::other("no event loop runs on this thread"));
@@ -293,5 +344,5 @@ fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
     fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     // SAFETY: the AsyncFd owns the descriptor, and nothing replaces it.
-    Ok(unsafe { AsyncFd::register(fd) }?)
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
