@@ -10,6 +10,7 @@
 use super::export::Client;
 use super::input::Input;
 use super::negotiate::Session;
+use super::patience::Patience;
 use super::reply::{self, Origin};
 use super::request::{self, Command, EXTENDED_HEADER, Header, Limits, MAX_STATUS_PAYLOAD, Verdict};
 use super::serve::{Outcome, serve};
@@ -21,7 +22,7 @@ use buf::IoBuf;
 use io::{SendQueue, Stream};
 use std::pin::pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[cfg(doc)]
 use super::slots::MAX_SLOTS;
@@ -95,6 +96,7 @@ pub(crate) async fn run(stream: Stream, client: Client, session: Session, early:
         slots: Slots::new(),
         out: SendQueue::new(),
         bytes: 0,
+        patience: Patience::new(),
         reading: true,
         start,
     };
@@ -137,6 +139,7 @@ struct Connection<'a, F, S> {
     out: SendQueue,
     /// Bytes that requests in flight may hold.
     bytes: usize,
+    patience: Patience,
     /// Whether more requests are taken in.
     reading: bool,
     start: S,
@@ -149,6 +152,7 @@ where
 {
     /// Does what can be done now. Ready when there is nothing more to read and all requests have ended.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut looked = false;
         loop {
             self.take_results();
             let pause = if self.reading { self.start_requests() } else { Pause::Room };
@@ -165,10 +169,19 @@ where
                 return if self.slots.busy() == 0 { Poll::Ready(()) } else { Poll::Pending };
             }
             match pause {
-                Pause::Input => match self.poll_receive(cx) {
-                    Poll::Ready(()) => {}
-                    Poll::Pending => return Poll::Pending,
-                },
+                Pause::Input => {
+                    if self.poll_receive(cx).is_pending() {
+                        if !self.is_patient() {
+                            return Poll::Pending;
+                        }
+                        // Once, then it is the turn of others.
+                        if looked || !self.look() {
+                            cx.waker().wake_by_ref();
+                            return Poll::Pending;
+                        }
+                        looked = true;
+                    }
+                }
                 Pause::Room if moved => {}
                 Pause::Room => return Poll::Pending,
             }
@@ -187,12 +200,37 @@ where
             Some(own) => pin!(self.stream.recv_scattered(&[own, &rest])).poll(cx),
             None => pin!(self.stream.recv(&rest)).poll(cx),
         };
-        match std::task::ready!(received) {
+        let received = std::task::ready!(received);
+        self.received(received);
+        Poll::Ready(())
+    }
+
+    fn received(&mut self, received: std::io::Result<usize>) {
+        self.patience.found(Instant::now);
+        match received {
             Ok(0) => self.reading = false,
             Ok(count) => self.input.received(count),
             Err(_) => self.broken(),
         }
-        Poll::Ready(())
+    }
+
+    /// With nothing else to wait for, looks for a request that is about to come; true if one has.
+    fn look(&mut self) -> bool {
+        let (own, rest) = self.input.room(self.wanted());
+        let received = match &own {
+            Some(own) => self.stream.try_recv(&[own, &rest]),
+            None => self.stream.try_recv(&[&rest]),
+        };
+        if received.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock) {
+            return false;
+        }
+        self.received(received);
+        true
+    }
+
+    /// Whether to look for more rather than to sleep.
+    fn is_patient(&mut self) -> bool {
+        self.slots.busy() == 0 && self.out.is_empty() && self.patience.look_again(Instant::now())
     }
 
     /// The bytes that have to fit into the buffer at once.

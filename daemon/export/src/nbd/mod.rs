@@ -6,7 +6,7 @@
 //! | `wire` | the numbers of the protocol |
 //! | `options`, `negotiate`, `metacontext` | the handshake, without I/O |
 //! | `request`, `reply` | the transmission phase, without I/O |
-//! | `input`, `slots` | received bytes, and requests in flight, of one connection |
+//! | `input`, `slots`, `patience` | received bytes, requests in flight, and waiting, of one connection |
 //! | `serve` | one request against the disk |
 //! | `connection` | one client |
 //! | `export`, `server` | what clients choose from, and where they come in |
@@ -20,6 +20,7 @@ mod input;
 mod metacontext;
 mod negotiate;
 mod options;
+mod patience;
 mod reply;
 mod request;
 mod serve;
