@@ -9,6 +9,7 @@
 //! | `blockdev` | `blockdev-add`, `-del`, `block_resize` |
 //! | `query` | what nodes are and did |
 //! | `export` | exports and the NBD server |
+//! | `reservation` | persistent reservations of nodes, and their managers |
 //! | `object` | objects and the tree of objects |
 //! | `chardev` | character devices |
 
@@ -18,6 +19,7 @@ mod export;
 mod monitor;
 mod object;
 mod query;
+mod reservation;
 mod table;
 
 pub use monitor::version_info;
@@ -26,8 +28,10 @@ pub use table::schema;
 
 use crate::events::Events;
 use block::Graph;
+use block::driver::LocalFuture;
 use qapi::{Error, Result, Value};
 use std::sync::Arc;
+use table::Run;
 use tokio::sync::{mpsc, oneshot};
 
 /// Whether there is a command of that name.
@@ -49,6 +53,13 @@ pub enum Message {
     },
     /// The export with this id has no client and no request left.
     ExportClosed(String),
+    /// A manager of persistent reservations has connected to its helper, or lost it.
+    PrManagerStatus {
+        /// The object.
+        id: String,
+        /// Whether it is connected.
+        connected: bool,
+    },
     /// The process was asked to end, by a signal or because its only way in has gone.
     Shutdown,
 }
@@ -76,6 +87,14 @@ impl Handle {
         // Nobody listens any more only when the daemon is about to exit, and then nothing needs to be said.
         let _ = self.sender.send(message);
     }
+}
+
+/// What became of a command.
+enum Executed {
+    /// Its result.
+    Done(Value),
+    /// It goes on by itself; the control task does not wait for it.
+    Goes(LocalFuture<'static, Result<Value>>),
 }
 
 /// All state of the control path.
@@ -128,22 +147,29 @@ impl Control {
 
     async fn take(&mut self, message: Message) {
         match message {
-            Message::Request { name, arguments, reply } => {
-                let result = self.execute(&name, &arguments).await;
-                let _ = reply.send(result);
-            }
+            Message::Request { name, arguments, reply } => match self.execute(&name, &arguments).await {
+                Ok(Executed::Done(value)) => drop(reply.send(Ok(value))),
+                Ok(Executed::Goes(rest)) => {
+                    tokio::task::spawn_local(async move { drop(reply.send(rest.await)) });
+                }
+                Err(error) => drop(reply.send(Err(error))),
+            },
+            Message::PrManagerStatus { id, connected } => self.pr_manager_status(id, connected),
             Message::ExportClosed(id) => self.export_closed(&id).await,
             Message::Shutdown => self.quit = true,
         }
     }
 
-    /// Carries out one command.
-    async fn execute(&mut self, name: &str, arguments: &Value) -> Result<Value> {
+    /// Carries out one command, or begins it.
+    async fn execute(&mut self, name: &str, arguments: &Value) -> Result<Executed> {
         let Some(command) = table::find(name) else {
             return Err(Error::command_not_found(format!("The command {name} has not been found")));
         };
         tracing::trace!(target: "control_command", name);
-        (command.run)(self, arguments).await
+        match command.run {
+            Run::Here(run) => run(self, arguments).await.map(Executed::Done),
+            Run::Beside(begin) => begin(self, arguments).map(Executed::Goes),
+        }
     }
 
     /// Ends everything, users before what they use: exports and servers, nodes, objects.

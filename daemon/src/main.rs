@@ -13,6 +13,7 @@ mod docs;
 mod events;
 mod monitor;
 mod pidfile;
+mod pr_manager;
 mod trace;
 mod version;
 

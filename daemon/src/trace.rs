@@ -28,6 +28,7 @@ pub const EVENTS: &[(&str, &str)] = &[
     ("nbd_request", "a request of an NBD client begins"),
     ("nbd_server_accept", "the NBD server cannot take a client, or can again (always shown)"),
     ("nbd_trip", "an NBD client has left its export"),
+    ("pr_manager_disconnected", "a pr-manager has no connection to its helper, and why"),
 ];
 
 /// What `--trace` options ask for, collected in order.

@@ -35,6 +35,29 @@ fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Er
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
+/// A connection that speaks the best protocol that the helper offers.
+#[derive(Debug)]
+pub enum Connection {
+    /// The classic protocol: QEMU's helper.
+    Classic(Classic),
+    /// The frames protocol.
+    Frames(Frames),
+}
+
+impl Connection {
+    /// Negotiates on a fresh connection.
+    pub fn new(mut socket: UnixStream) -> io::Result<Self> {
+        let mut offered = [0; 4];
+        socket.read_exact(&mut offered)?;
+        if u32::from_be_bytes(offered) & FEATURE_FRAMES == 0 {
+            socket.write_all(&[0; 4])?;
+            return Ok(Self::Classic(Classic { socket }));
+        }
+        socket.write_all(&FEATURE_FRAMES.to_be_bytes())?;
+        Ok(Self::Frames(Frames::greet(socket)?))
+    }
+}
+
 /// A connection that speaks the classic protocol.
 #[derive(Debug)]
 pub struct Classic {
@@ -78,6 +101,11 @@ impl Frames {
     /// protocol, or no version of it that this client speaks.
     pub fn new(socket: UnixStream) -> io::Result<Self> {
         negotiate(&socket, FEATURE_FRAMES)?;
+        Self::greet(socket)
+    }
+
+    /// Both sides speak frames from here on: agrees on the version.
+    fn greet(socket: UnixStream) -> io::Result<Self> {
         (&socket).write_all(&frame::encode(&Hello::OURS).map_err(invalid)?)?;
         let welcome: Welcome = receive_frame(&socket)?;
         if welcome.version != frame::VERSION {

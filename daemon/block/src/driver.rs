@@ -11,6 +11,7 @@
 use crate::IoResult;
 use crate::edge::Edge;
 use crate::perm::Perms;
+use crate::reservation::Reservations;
 use buf::IoBuf;
 use nix::errno::Errno;
 use qapi::{Error, Result};
@@ -231,6 +232,12 @@ pub trait Driver: Send + Sync + 'static {
         of_node
     }
 
+    /// The medium's persistent reservations, where it can have them; a filter that shows all of its child's bytes gives the
+    /// edge to its child.
+    fn reservations(&self) -> Option<&dyn Reservations> {
+        None
+    }
+
     /// The users' permissions are about to become `new`: gets what they need in addition (locks, a writable descriptor)
     /// and keeps what the old ones need, until one of [`Driver::commit_perms`] and [`Driver::abort_perms`] follows.
     fn prepare_perms(&self, new: Perms) -> impl Future<Output = Result<()>> {
@@ -275,6 +282,8 @@ macro_rules! mirror {
             fn write<'a>(&'a self, at: u64, buf: &'a IoBuf, flags: WriteFlags) -> LocalFuture<'a, IoResult>;
             /// [`Driver::child_perms`].
             fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms;
+            /// [`Driver::reservations`].
+            fn reservations(&self) -> Option<&dyn Reservations>;
             /// [`Driver::commit_perms`].
             fn commit_perms(&self);
             /// [`Driver::abort_perms`].
@@ -306,6 +315,9 @@ macro_rules! mirror {
             }
             fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms {
                 Driver::child_perms(self, child, of_node)
+            }
+            fn reservations(&self) -> Option<&dyn Reservations> {
+                Driver::reservations(self)
             }
             fn commit_perms(&self) {
                 Driver::commit_perms(self);

@@ -14,6 +14,7 @@ use crate::driver::Prealloc;
 use crate::edge::{Edge, Parent};
 use crate::node::Node;
 use crate::perm::{Bits, Perms};
+use crate::resource::Resources;
 use qapi::{Error, Result};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Weak};
@@ -32,6 +33,7 @@ pub struct Graph {
     names: HashMap<String, u64>,
     next: u64,
     next_auto_name: u64,
+    resources: Resources,
 }
 
 impl std::fmt::Debug for Graph {
@@ -75,7 +77,24 @@ impl Drop for Drained {
 impl Graph {
     /// An empty graph whose drivers come from `opener`.
     pub fn new(opener: Arc<dyn Opener>) -> Self {
-        Self { opener, nodes: BTreeMap::new(), names: HashMap::new(), next: 0, next_auto_name: 0 }
+        Self {
+            opener,
+            nodes: BTreeMap::new(),
+            names: HashMap::new(),
+            next: 0,
+            next_auto_name: 0,
+            resources: Resources::default(),
+        }
+    }
+
+    /// The objects that nodes can name.
+    pub fn resources(&self) -> &Resources {
+        &self.resources
+    }
+
+    /// The same, to add and remove.
+    pub fn resources_mut(&mut self) -> &mut Resources {
+        &mut self.resources
     }
 
     /// All nodes, oldest first.

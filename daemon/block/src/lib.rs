@@ -9,6 +9,8 @@
 //! | [`gate`] | [`gate::Gate`]: lets requests in and counts them; a drain closes it and waits for zero |
 //! | [`perm`] | permissions, their combination and the texts of their conflicts |
 //! | [`graph`] | [`Graph`]: the only writer: adds, deletes, resizes, attaches; plan, then drain, then commit |
+//! | [`reservation`] | persistent reservations: what a medium, a manager and a filter do about them |
+//! | [`resource`] | the objects that nodes can name |
 //! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
 //! | [`stats`] | counters of nodes and disks |
 //! | [`throttle`] | limits of throughput, shared by groups of nodes |
@@ -31,6 +33,8 @@ pub mod graph;
 pub mod node;
 mod overlap;
 pub mod perm;
+pub mod reservation;
+pub mod resource;
 pub mod stats;
 pub mod status;
 #[cfg(any(test, feature = "testing"))]

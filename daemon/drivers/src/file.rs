@@ -7,16 +7,19 @@
 //! | --- | --- |
 //! | [`open`](self) | options, opening, checks |
 //! | `permissions` | locks and reopening as users come and go |
+//! | `reservation` | persistent reservations, by the kernel or a manager |
 //! | `space` | zeroes, discards, holes, lengths |
 
 mod open;
 mod permissions;
+mod reservation;
 mod space;
 
 pub use open::{open_device, open_regular};
 
 use arc_swap::ArcSwapOption;
 use block::driver::Prealloc;
+use block::reservation::{ManagerUse, Reservations};
 use block::{Driver, Errno, Facts, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use io::{BlockDevice, DirectAlign, File, OpenHow};
@@ -87,6 +90,8 @@ pub struct FileDriver {
     /// The errno of the first flush that failed, 0 if none did. The kernel may have dropped the pages that it could not
     /// write and says so once; nobody may believe a later success.
     lost: AtomicI32,
+    /// `pr-manager`.
+    manager: Option<ManagerUse>,
 }
 
 impl FileDriver {
@@ -243,6 +248,10 @@ impl Driver for FileDriver {
 
     async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
         self.set_length(size, exact, prealloc).await
+    }
+
+    fn reservations(&self) -> Option<&dyn Reservations> {
+        Some(self)
     }
 
     async fn prepare_perms(&self, new: Perms) -> Result<()> {

@@ -48,8 +48,8 @@ impl Opener for Drivers {
     ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>> {
         Box::pin(async move {
             Ok(match &options.driver {
-                BlockdevDriverOptions::File(file) => boxed(file::open_regular(&cx.options, file).await?),
-                BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(&cx.options, file).await?),
+                BlockdevDriverOptions::File(file) => boxed(file::open_regular(cx, file).await?),
+                BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(cx, file).await?),
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),
                 BlockdevDriverOptions::NullCo(null) => boxed(null::open("null-co", null)?),
                 BlockdevDriverOptions::Raw(raw) => boxed(raw::open(cx, raw).await?),

@@ -6,6 +6,7 @@
 use crate::filter::{self, len_of};
 use block::driver::Prealloc;
 use block::perm::Bits;
+use block::reservation::Reservations;
 use block::{Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::types::block::BlockdevOptionsRaw;
@@ -146,6 +147,11 @@ impl Driver for Raw {
             Some(below) => Err(Error::generic(format!("offset({below}) exceeds maximum({MAX_LENGTH})"))),
             None => Err(Error::generic("Disk size too large for the chosen offset")),
         }
+    }
+
+    /// A part of a medium has none of its own.
+    fn reservations(&self) -> Option<&dyn Reservations> {
+        if self.offset == 0 && self.size.is_none() { Some(&*self.file) } else { None }
     }
 
     /// As its users, but the length stays while there are any: the window was checked against it.

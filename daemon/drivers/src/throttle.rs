@@ -5,6 +5,7 @@
 
 use crate::filter::{self, len_of};
 use block::driver::Prealloc;
+use block::reservation::Reservations;
 use block::throttle::{Direction, Groups, Member};
 use block::{Driver, Edge, Facts, IoResult, Mapping, OpenContext, Role, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
@@ -78,6 +79,10 @@ impl Driver for Throttle {
 
     async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
         self.file.truncate(size, exact, prealloc).await
+    }
+
+    fn reservations(&self) -> Option<&dyn Reservations> {
+        Some(&*self.file)
     }
 
     fn drain_begin(&self) {

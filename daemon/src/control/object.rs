@@ -4,12 +4,16 @@
 //! Each type of object has a row in [`TYPES`], a variant of [`Object`] and a file of its own.
 
 mod iothread;
+mod pr_manager_helper;
 mod throttle_group;
 
 use super::Control;
+use crate::pr_manager::PrManager;
+use block::resource::Resource;
 use block::throttle::Groups;
 use io::IoThread;
 use iothread::Iothread;
+use pr_manager_helper::PrManagerHelper;
 use qapi::types::qom::{
     ObjectDel, ObjectOptions, ObjectPropertyInfo, ObjectTypeInfo, ObjectVariant, QomGet, QomList, QomListProperties,
     QomListTypes, QomSet,
@@ -35,6 +39,7 @@ trait UserObject {
 /// An object of the user's, by its type.
 enum Object {
     Iothread(Iothread),
+    PrManagerHelper(PrManagerHelper),
     ThrottleGroup(ThrottleGroup),
 }
 
@@ -42,13 +47,23 @@ impl Object {
     fn type_name(&self) -> &'static str {
         match self {
             Object::Iothread(_) => "iothread",
+            Object::PrManagerHelper(_) => "pr-manager-helper",
             Object::ThrottleGroup(_) => "throttle-group",
+        }
+    }
+
+    /// What the object is to nodes, beyond those that they find by themselves.
+    fn resource(&self) -> Resource {
+        match self {
+            Object::Iothread(_) | Object::ThrottleGroup(_) => Resource::None,
+            Object::PrManagerHelper(object) => Resource::ReservationManager(object.manager().clone()),
         }
     }
 
     fn as_user(&self) -> &dyn UserObject {
         match self {
             Object::Iothread(object) => object,
+            Object::PrManagerHelper(object) => object,
             Object::ThrottleGroup(object) => object,
         }
     }
@@ -56,6 +71,7 @@ impl Object {
     fn as_user_mut(&mut self) -> &mut dyn UserObject {
         match self {
             Object::Iothread(object) => object,
+            Object::PrManagerHelper(object) => object,
             Object::ThrottleGroup(object) => object,
         }
     }
@@ -106,6 +122,8 @@ const TYPES: &[Type] = &[
     plain("container", "object"),
     base("event-loop-base", Some("object")),
     made_by_users("iothread", "event-loop-base", &[("thread-pool-min", "int"), ("thread-pool-max", "int")]),
+    base("pr-manager", Some("object")),
+    made_by_users("pr-manager-helper", "pr-manager", &[("path", "string")]),
     made_by_users("throttle-group", "object", throttle_group::PROPERTIES),
     base("chardev", Some("object")),
     plain("chardev-socket", "chardev"),
@@ -158,6 +176,14 @@ impl Objects {
         self.list.iter().find(|entry| entry.id == id)
     }
 
+    /// The managers of persistent reservations.
+    pub fn pr_managers(&self) -> impl Iterator<Item = (&str, &PrManager)> {
+        self.list.iter().filter_map(|entry| match &entry.object {
+            Object::PrManagerHelper(object) => Some((entry.id.as_str(), &**object.manager())),
+            _ => None,
+        })
+    }
+
     /// The thread of that name.
     pub fn iothread(&self, id: &str) -> Result<Arc<IoThread>> {
         match self.find(id).map(|entry| &entry.object) {
@@ -181,10 +207,14 @@ impl Control {
         }
         let object = match &object {
             ObjectVariant::Iothread(properties) => Object::Iothread(Iothread::start(&id, properties)?),
+            ObjectVariant::PrManagerHelper(properties) => {
+                Object::PrManagerHelper(PrManagerHelper::start(&id, properties, self.handle())?)
+            }
             ObjectVariant::ThrottleGroup(properties) => {
                 Object::ThrottleGroup(ThrottleGroup::add(&self.objects.throttle_groups, &id, properties)?)
             }
         };
+        self.graph.resources_mut().add(&id, object.resource());
         self.objects.list.push(Entry { id, object });
         Ok(())
     }
@@ -193,9 +223,11 @@ impl Control {
     pub(super) async fn object_del(&mut self, args: ObjectDel) -> Result<()> {
         let found = self.objects.list.iter().position(|entry| entry.id == args.id);
         let at = found.ok_or_else(|| Error::generic(format!("object '{}' not found", args.id)))?;
-        if self.objects.list.get(at).is_some_and(|entry| entry.object.as_user().is_in_use()) {
+        let by_others = self.objects.list.get(at).is_some_and(|entry| entry.object.as_user().is_in_use());
+        if by_others || self.graph.resources().in_use(&args.id) {
             return Err(Error::generic(format!("object '{}' is in use, can not be deleted", args.id)));
         }
+        self.graph.resources_mut().remove(&args.id);
         self.objects.list.remove(at);
         Ok(())
     }
@@ -205,6 +237,7 @@ impl Control {
         for entry in self.objects.list.drain(..) {
             match entry.object {
                 Object::Iothread(object) => object.thread().stop().await,
+                Object::PrManagerHelper(object) => object.manager().stop(),
                 Object::ThrottleGroup(_) => {}
             }
         }

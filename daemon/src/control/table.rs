@@ -4,7 +4,7 @@ use super::Control;
 use block::driver::LocalFuture;
 use qapi::def::CommandDef;
 use qapi::schema::Schema;
-use qapi::types::{block::*, block_query::*, chardev::*, control::*, export::*, qom::*};
+use qapi::types::{block::*, block_query::*, chardev::*, control::*, export::*, qom::*, reservation::*};
 use qapi::{Command, Event, Qapi, Result, Value};
 
 /// A command: what it is, and what carries it out.
@@ -12,17 +12,37 @@ pub struct Row {
     /// Name, arguments, documentation.
     pub def: fn() -> &'static CommandDef,
     /// Reads the arguments and does it.
-    pub run: for<'a> fn(&'a mut Control, &'a Value) -> LocalFuture<'a, Result<Value>>,
+    pub run: Run,
+}
+
+/// How a command is carried out.
+#[derive(Clone, Copy)]
+pub enum Run {
+    /// By the control task, which takes no other message until it is done.
+    Here(for<'a> fn(&'a mut Control, &'a Value) -> LocalFuture<'a, Result<Value>>),
+    /// Begun by the control task, and finished beside it: what takes as long as somebody else likes and changes nothing of
+    /// the daemon's own.
+    Beside(fn(&mut Control, &Value) -> Result<LocalFuture<'static, Result<Value>>>),
 }
 
 macro_rules! commands {
-    ($($args:ty => $method:ident,)*) => {
+    ($($args:ty => $method:ident,)*; beside $($long:ty => $begin:ident,)*) => {
         &[$(Row {
             def: <$args as Command>::command,
-            run: |control, arguments| Box::pin(async move {
+            run: Run::Here(|control, arguments| Box::pin(async move {
                 let arguments = <$args>::from_value(arguments)?;
                 let result: <$args as Command>::Ret = control.$method(arguments).await?;
                 Ok(result.to_value())
+            })),
+        },)*
+        $(Row {
+            def: <$long as Command>::command,
+            run: Run::Beside(|control, arguments| {
+                let begun = control.$begin(<$long>::from_value(arguments)?)?;
+                Ok(Box::pin(async move {
+                    let result: <$long as Command>::Ret = begun.await?;
+                    Ok(result.to_value())
+                }))
             }),
         },)*]
     };
@@ -61,10 +81,15 @@ pub const COMMANDS: &[Row] = commands! {
     BlockExportOptions => block_export_add,
     BlockExportDel => block_export_del,
     QueryBlockExports => query_block_exports,
+    QueryPrManagers => query_pr_managers,
+    ; beside
+    XBlockPrIn => x_block_pr_in,
+    XBlockPrOut => x_block_pr_out,
 };
 
 /// All events.
-pub const EVENTS: &[fn() -> &'static qapi::def::EventDef] = &[<BlockExportDeleted as Event>::event];
+pub const EVENTS: &[fn() -> &'static qapi::def::EventDef] =
+    &[<BlockExportDeleted as Event>::event, <PrManagerStatusChanged as Event>::event];
 
 /// The command of that name.
 pub fn find(name: &str) -> Option<&'static Row> {

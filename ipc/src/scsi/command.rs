@@ -118,6 +118,11 @@ impl Action {
         ACTIONS.iter().find(|row| row.2 == self).map_or("unknown", |row| row.3)
     }
 
+    /// Does it change something (PERSISTENT RESERVE OUT)?
+    pub fn is_out(self) -> bool {
+        self.codes().0 == Cdb::OUT
+    }
+
     fn codes(self) -> (u8, u8) {
         ACTIONS.iter().find(|row| row.2 == self).map_or((0, 0), |row| (row.0, row.1))
     }

@@ -6,10 +6,12 @@
 mod command;
 mod data;
 mod sense;
+mod transport;
 
 pub use command::{Action, Cdb, Command, Key, Kind, Parameters, RegisterOptions};
 pub use data::{Capabilities, Data, Holder, Malformed, Registrant};
 pub use sense::{SENSE_SIZE, Sense, SenseKey};
+pub use transport::port_name;
 
 /// SCSI status bytes, `[SAM-5 §5.3]`.
 pub mod status {

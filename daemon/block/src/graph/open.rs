@@ -4,6 +4,7 @@ use super::{Graph, link, permissions, unlink_children};
 use crate::driver::{DynDriver, LocalFuture};
 use crate::edge::{Edge, Parent, Role};
 use crate::node::{DetectZeroes, Node, NodeOptions};
+use crate::reservation::ManagerUse;
 use nix::errno::Errno;
 use qapi::opts::is_identifier;
 use qapi::types::block::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef};
@@ -65,6 +66,14 @@ impl OpenContext<'_> {
         let edge = Arc::new(Edge::new(name, role, node, Parent::Node(OnceLock::new())));
         self.children.push(Arc::clone(&edge));
         Ok(edge)
+    }
+
+    /// The manager of persistent reservations of that id.
+    ///
+    /// # Errors
+    /// There is no such object, or it is of another type.
+    pub fn reservation_manager(&self, id: &str) -> Result<ManagerUse> {
+        self.graph.resources().reservation_manager(id)
     }
 
     async fn open_node(&mut self, options: &BlockdevOptions, inherited: &NodeOptions, root: bool) -> Result<Arc<Node>> {

@@ -3,7 +3,7 @@
 use super::permissions::Locks;
 use super::{Able, FileDriver, Medium, Writing};
 use arc_swap::ArcSwapOption;
-use block::NodeOptions;
+use block::OpenContext;
 use io::{Access, Engine, File, FileKind, ImageLock, IoThread, Locking, OpenHow};
 use qapi::types::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
 use qapi::{Error, Result};
@@ -15,20 +15,20 @@ use std::sync::{Arc, Mutex};
 ///
 /// # Errors
 /// It is none, or cannot be opened; options that do not go together.
-pub async fn open_regular(node: &NodeOptions, options: &BlockdevOptionsFile) -> Result<FileDriver> {
-    open("file", node, options).await
+pub async fn open_regular(cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open("file", cx, options).await
 }
 
 /// Opens a block or character device (`host_device`).
 ///
 /// # Errors
 /// It is none, or cannot be opened; options that do not go together.
-pub async fn open_device(node: &NodeOptions, options: &BlockdevOptionsFile) -> Result<FileDriver> {
-    open("host_device", node, options).await
+pub async fn open_device(cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open("host_device", cx, options).await
 }
 
-async fn open(name: &'static str, node: &NodeOptions, options: &BlockdevOptionsFile) -> Result<FileDriver> {
-    let filename = options.filename.as_str();
+async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    let (node, filename) = (&cx.options, options.filename.as_str());
     if filename.is_empty() {
         return Err(Error::generic(format!("The '{name}' block driver requires a file name")));
     }
@@ -39,6 +39,7 @@ async fn open(name: &'static str, node: &NodeOptions, options: &BlockdevOptionsF
     };
     let access = if writing == Writing::Always { Access::ReadWrite } else { Access::ReadOnly };
     let how = OpenHow { access, direct: node.direct, engine: engine(options.aio, node.direct)? };
+    let manager = options.pr_manager.as_deref().map(|id| cx.reservation_manager(id)).transpose()?;
     let mut file = open_checked(name, filename, how).await?;
     file.set_max_batch(max_batch(options.aio_max_batch)?);
 
@@ -69,6 +70,7 @@ async fn open(name: &'static str, node: &NodeOptions, options: &BlockdevOptionsF
         able: Able::default(),
         end: AtomicU64::new(stat.size),
         lost: AtomicI32::new(0),
+        manager,
     })
 }
 

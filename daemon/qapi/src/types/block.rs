@@ -118,6 +118,9 @@ pub enum BlockdevRef {
 pub struct BlockdevOptionsFile {
     /// The path. `/dev/fdset/N` has no meaning here.
     pub filename: String,
+    /// The object that carries out commands about persistent reservations.
+    #[qapi(since = "2.11")]
+    pub pr_manager: Option<String>,
     /// Lock bytes of the file against other programs that use the same bytes; `auto` does so where the file system can.
     #[qapi(default = OnOffAuto::Auto, since = "2.10")]
     pub locking: OnOffAuto,

@@ -12,5 +12,6 @@ pub mod control;
 pub mod export;
 pub mod introspect;
 pub mod qom;
+pub mod reservation;
 pub mod sockets;
 pub mod throttle;

@@ -15,6 +15,14 @@ pub struct IothreadProperties {
     pub thread_pool_max: Option<i64>,
 }
 
+/// Carries out commands about persistent reservations through a helper process that may do so.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "2.11")]
+pub struct PrManagerHelperProperties {
+    /// The socket of the helper, `qemu-pr-helper`. It need not be there yet.
+    pub path: String,
+}
+
 /// An object to make.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(command = "object-add", since = "2.0")]
@@ -32,6 +40,8 @@ pub struct ObjectOptions {
 pub enum ObjectVariant {
     /// A thread that runs requests of exports.
     Iothread(IothreadProperties),
+    /// Carries out commands about persistent reservations.
+    PrManagerHelper(PrManagerHelperProperties),
     /// Limits of throughput that several nodes share.
     ThrottleGroup(Box<ThrottleGroupProperties>),
 }
