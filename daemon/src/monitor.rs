@@ -83,8 +83,8 @@ impl Task {
             tracing::trace!(target: "monitor_client_opened", "");
             let client = Client::new(self.settings.clone(), connection, &self.events);
             match client.serve(&self).await {
-                Ok(Served::ByeFromUs(connection)) => return Some(connection),
-                Ok(Served::ByeFromClient) => tracing::trace!(target: "monitor_client_closed", ""),
+                Ok(Some(connection)) => return Some(connection),
+                Ok(None) => tracing::trace!(target: "monitor_client_closed", ""),
                 Err(error) => tracing::trace!(target: "monitor_client_closed", %error),
             }
         }
@@ -96,14 +96,6 @@ impl Task {
             std::future::pending::<()>().await;
         }
     }
-}
-
-/// How a conversation ended.
-enum Served {
-    /// The client has gone, or had to go.
-    ByeFromClient,
-    /// The daemon ends. The connection is still there.
-    ByeFromUs(Connection),
 }
 
 /// One conversation.
@@ -130,11 +122,11 @@ impl Client {
         Client { connection, session, woken, _subscription: subscription }
     }
 
-    /// Talks until the client has gone or the daemon ends.
+    /// Talks until the client has gone or the daemon ends. Where it is the daemon, the connection is still there.
     ///
     /// # Errors
     /// The connection broke.
-    async fn serve(self, task: &Task) -> io::Result<Served> {
+    async fn serve(self, task: &Task) -> io::Result<Option<Connection>> {
         let mut buffer = vec![0; READ];
         let mut unread: Range<usize> = 0..0;
         let mut running: Option<Running> = None;
@@ -157,12 +149,12 @@ impl Client {
                 }
                 if session.is_overrun() {
                     tracing::warn!(target: "monitor_client_too_slow", "a monitor's client does not read its events: disconnected");
-                    return Ok(Served::ByeFromClient);
+                    return Ok(None);
                 }
                 (session.wants_input(), !session.output().is_empty())
             };
             if at_end && running.is_none() && !has_output && unread.is_empty() {
-                return Ok(Served::ByeFromClient);
+                return Ok(None);
             }
             tokio::select! {
                 biased;
@@ -177,7 +169,7 @@ impl Client {
                     if unread.is_empty() {
                         at_end = true;
                         if self.connection.is_gone().await {
-                            return Ok(Served::ByeFromClient);
+                            return Ok(None);
                         }
                     }
                 }
@@ -185,7 +177,7 @@ impl Client {
             }
         }
         self.say_farewell(running).await?;
-        Ok(Served::ByeFromUs(self.connection))
+        Ok(Some(self.connection))
     }
 
     /// Sends what is there, in particular the reply to `quit`.

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use io::Channel;
 
 use super::Label;
+use super::stdio::KeysWithoutSignals;
 
 /// A client, from its arrival until this is dropped.
 pub struct Connection {
@@ -13,12 +14,18 @@ pub struct Connection {
     label: Rc<Label>,
     /// What the device is labelled with when the client has gone.
     label_after: String,
+    _keys: Option<KeysWithoutSignals>,
 }
 
 impl Connection {
     pub(super) fn new(channel: Channel, label: &Rc<Label>, now: String, after: String) -> Connection {
         label.set(now);
-        Connection { channel, label: label.clone(), label_after: after }
+        Connection { channel, label: label.clone(), label_after: after, _keys: None }
+    }
+
+    pub(super) fn with_keys(mut self, keys: Option<KeysWithoutSignals>) -> Connection {
+        self._keys = keys;
+        self
     }
 }
 
