@@ -14,6 +14,7 @@ use crate::perm::Perms;
 use crate::reservation::Reservations;
 use buf::IoBuf;
 use nix::errno::Errno;
+use qapi::types::block_filters::BlkdebugEvent;
 use qapi::{Error, Result};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -251,6 +252,17 @@ pub trait Driver: Send + Sync + 'static {
     /// The prepared permissions will not come: back to the old ones.
     fn abort_perms(&self) {}
 
+    /// Whether [`Driver::event`] does anything; asked once, when the node is made.
+    fn hears_events(&self) -> bool {
+        false
+    }
+
+    /// Something is about to be done to this node, or has been. The core raises what it does itself, drivers raise
+    /// the rest on their children with [`Edge::raise`].
+    fn event(&self, event: BlkdebugEvent) {
+        let _ = event;
+    }
+
     /// A drain begins above this node: what the driver holds back (not what it waits for) must go on now, and what still comes
     /// must not be held back, until [`Driver::drain_end`]. Nests.
     fn drain_begin(&self) {}
@@ -288,6 +300,10 @@ macro_rules! mirror {
             fn commit_perms(&self);
             /// [`Driver::abort_perms`].
             fn abort_perms(&self);
+            /// [`Driver::hears_events`].
+            fn hears_events(&self) -> bool;
+            /// [`Driver::event`].
+            fn event(&self, event: BlkdebugEvent);
             /// [`Driver::drain_begin`].
             fn drain_begin(&self);
             /// [`Driver::drain_end`].
@@ -324,6 +340,12 @@ macro_rules! mirror {
             }
             fn abort_perms(&self) {
                 Driver::abort_perms(self);
+            }
+            fn hears_events(&self) -> bool {
+                Driver::hears_events(self)
+            }
+            fn event(&self, event: BlkdebugEvent) {
+                Driver::event(self, event);
             }
             fn drain_begin(&self) {
                 Driver::drain_begin(self);

@@ -9,6 +9,7 @@ use crate::perm::Perms;
 use crate::{Facts, IoResult};
 use arc_swap::ArcSwap;
 use buf::IoBuf;
+use qapi::types::block_filters::BlkdebugEvent;
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -91,6 +92,12 @@ impl Edge {
         self.child.load().size()
     }
 
+    /// [`Node::raise`] on the child.
+    #[inline]
+    pub fn raise(&self, event: BlkdebugEvent) {
+        self.child.load().raise(event);
+    }
+
     /// [`Node::read`] on the child.
     ///
     /// # Errors
@@ -128,7 +135,10 @@ impl Edge {
     /// # Errors
     /// The errno of the node.
     pub async fn flush(&self) -> IoResult {
-        self.node().flush().await
+        let node = self.node();
+        node.raise(BlkdebugEvent::FlushToOs);
+        node.raise(BlkdebugEvent::FlushToDisk);
+        node.flush().await
     }
 
     /// [`Node::truncate`] on the child, for a driver whose own truncation it is.

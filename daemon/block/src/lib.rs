@@ -49,6 +49,7 @@ pub use graph::{Graph, OpenContext, Opener};
 pub use nix::errno::Errno;
 pub use node::{Node, NodeOptions};
 pub use perm::Perms;
+pub use qapi::types::block_filters::BlkdebugEvent;
 
 /// Result of a request: the data path carries an errno and nothing else.
 pub type IoResult<T = ()> = Result<T, Errno>;

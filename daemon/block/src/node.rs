@@ -13,6 +13,7 @@ use crate::overlap::Overlap;
 use crate::perm::{Bits, Perms};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
+use qapi::types::block_filters::BlkdebugEvent;
 use qapi::{Error, Result};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -62,6 +63,8 @@ pub(crate) struct Links {
 pub struct Node {
     name: String,
     driver: Box<dyn DynDriver>,
+    /// Whether the driver wants to hear of events.
+    hears: bool,
     options: ArcSwap<NodeOptions>,
     facts: ArcSwap<Facts>,
     /// Length in bytes, a multiple of 512 (a shorter last sector reads as zero after its end).
@@ -106,6 +109,7 @@ impl Node {
         let facts = driver.facts();
         Self {
             name,
+            hears: driver.hears_events(),
             driver,
             options: ArcSwap::from_pointee(options),
             facts: ArcSwap::from_pointee(facts),
@@ -128,6 +132,14 @@ impl Node {
     /// The driver.
     pub fn driver(&self) -> &dyn DynDriver {
         &*self.driver
+    }
+
+    /// Tells the driver of something that is done to this node, if it wants to hear.
+    #[inline]
+    pub fn raise(&self, event: BlkdebugEvent) {
+        if self.hears {
+            self.driver.event(event);
+        }
     }
 
     /// The common options in force.

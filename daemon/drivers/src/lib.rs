@@ -5,6 +5,7 @@
 //! | [`file`] | `file`, `host_device` |
 //! | [`raw`] | `raw` |
 //! | [`null`] | `null-co`, `null-aio` |
+//! | [`blkdebug`] | `blkdebug` |
 //! | [`throttle`] | `throttle` |
 //! | [`filter`] | none: what those share that show the bytes of another node |
 //!
@@ -12,13 +13,14 @@
 //! promises them.
 #![forbid(unsafe_code)]
 
+pub mod blkdebug;
 pub mod file;
 pub mod filter;
 pub mod null;
 pub mod raw;
 pub mod throttle;
 
-use block::clock::SystemClock;
+use block::clock::{Clock, SystemClock};
 use block::driver::LocalFuture;
 use block::throttle::Groups;
 use block::{DynDriver, OpenContext, Opener};
@@ -31,12 +33,21 @@ use std::sync::Arc;
 pub struct Drivers {
     /// The user's throttle groups.
     pub throttle_groups: Groups,
+    /// The time of drivers that delay requests.
+    pub clock: Arc<dyn Clock>,
 }
 
 impl Default for Drivers {
     /// No objects, and the host's time.
     fn default() -> Self {
-        Self { throttle_groups: Groups::new(Arc::new(SystemClock::default())) }
+        Self::with_clock(Arc::new(SystemClock::default()))
+    }
+}
+
+impl Drivers {
+    /// No objects, and this time.
+    pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
+        Self { throttle_groups: Groups::new(Arc::clone(&clock)), clock }
     }
 }
 
@@ -48,6 +59,9 @@ impl Opener for Drivers {
     ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>> {
         Box::pin(async move {
             Ok(match &options.driver {
+                BlockdevDriverOptions::Blkdebug(options) => {
+                    boxed(blkdebug::open(cx, Arc::clone(&self.clock), options).await?)
+                }
                 BlockdevDriverOptions::File(file) => boxed(file::open_regular(cx, file).await?),
                 BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(cx, file).await?),
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),

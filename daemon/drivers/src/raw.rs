@@ -7,7 +7,9 @@ use crate::filter::{self, len_of};
 use block::driver::Prealloc;
 use block::perm::Bits;
 use block::reservation::Reservations;
-use block::{Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags};
+use block::{
+    BlkdebugEvent, Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags,
+};
 use buf::IoBuf;
 use qapi::types::block::BlockdevOptionsRaw;
 use qapi::{Error, Result};
@@ -113,11 +115,13 @@ impl Driver for Raw {
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
         let at = self.shift(at, len_of(buf), Errno::EINVAL)?;
+        self.file.raise(BlkdebugEvent::ReadAio);
         self.file.read(at, buf).await
     }
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
         let at = self.shift(at, len_of(buf), Errno::ENOSPC)?;
+        self.file.raise(BlkdebugEvent::WriteAio);
         self.file.write(at, buf, flags).await
     }
 

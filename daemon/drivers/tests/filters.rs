@@ -3,10 +3,18 @@
 
 mod common;
 
+use block::testing::{ManualClock, ManualHandle};
+use block::{Errno, Graph, WriteFlags};
+use buf::IoBuf;
 use common::suite::{SIZE, check};
 use common::{attach, graph_with, image, on_thread, options, refused, writer};
+use drivers::Drivers;
 use io::RingUse;
 use serde_json::json;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
 
 #[test]
 fn throttle_keeps_the_contract() {
@@ -45,5 +53,46 @@ fn throttle_joins_and_leaves_its_group() {
         g.detach(disk).await;
         g.delete("t").await.unwrap();
         assert_eq!(group.members(), 0);
+    });
+}
+
+#[test]
+fn blkdebug_keeps_the_contract() {
+    let file = image(2 * SIZE);
+    for (align, max_transfer) in [(1, 0), (512, 0), (4096, 8192)] {
+        let json = json!({
+            "driver": "blkdebug", "node-name": "top", "discard": "unmap", "align": align, "max-transfer": max_transfer,
+            "opt-write-zero": 2 * align, "opt-discard": 4 * align, "max-discard": 64 * align,
+            "image": { "driver": "file", "filename": file.path() }
+        });
+        check(RingUse::Auto, json, align == 1, Some((file.path(), 0)));
+    }
+}
+
+#[test]
+fn blkdebug_delays_by_the_clock() {
+    on_thread(RingUse::Off, || async {
+        let clock = ManualClock::new();
+        let mut g = Graph::new(Arc::new(Drivers::with_clock(Arc::new(ManualHandle(Arc::clone(&clock))))));
+        let json = json!({
+            "driver": "blkdebug", "node-name": "top", "image": { "driver": "null-co", "size": 65536 },
+            "inject-error": [
+                { "event": "none", "iotype": "read", "errno": 0, "delay-ns": 1000 },
+                { "event": "none", "iotype": "write", "errno": 28, "delay-ns": 5000, "once": true }
+            ]
+        });
+        g.add(&options(&json)).await.unwrap();
+        let disk = attach(&mut g, "top", writer()).await.unwrap();
+        let buf = IoBuf::zeroed(512);
+        let (mut read, mut write) = (pin!(disk.read(0, &buf)), pin!(disk.write(0, &buf, WriteFlags::NONE)));
+        let pending =
+            poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx).is_pending() && write.as_mut().poll(cx).is_pending()));
+        assert!(pending.await);
+        assert_eq!((clock.timers(), clock.next()), (2, Some(1000)));
+        clock.advance_to(1000);
+        assert_eq!(read.await, Ok(()));
+        clock.advance_to(5000);
+        assert_eq!(write.await, Err(Errno::ENOSPC));
+        assert_eq!(disk.write(0, &buf, WriteFlags::NONE).await, Ok(()));
     });
 }

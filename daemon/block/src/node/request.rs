@@ -7,6 +7,7 @@ use crate::perm::Bits;
 use crate::stats::Op;
 use buf::IoBuf;
 use nix::errno::Errno;
+use qapi::types::block_filters::BlkdebugEvent;
 use std::sync::atomic::Ordering;
 
 /// The longest buffer that the core allocates for bounces and for zeroes, in bytes.
@@ -128,6 +129,7 @@ impl Node {
 
     /// A change has ended. Even one that failed makes the next flush reach the medium: some of its bytes may be there.
     fn changed(&self, span: Span, ok: bool) {
+        self.raise(BlkdebugEvent::PwritevDone);
         self.written.fetch_add(1, Ordering::AcqRel);
         if ok {
             self.stats.wrote_up_to(span.end());
@@ -172,6 +174,7 @@ impl Node {
         let flags = WriteFlags { fua };
         let (fits, align) = (fits(&facts, at, buf), facts.request_align);
         drop(facts);
+        self.raise(BlkdebugEvent::Pwritev);
         if fits && align == 1 {
             self.driver.write(at, buf, flags).await?;
         } else {
@@ -220,7 +223,14 @@ impl Node {
             };
             let bounce = IoBuf::alloc(to_usize(to - from));
             if from != start || end < to {
+                let (before, after) = if from == start {
+                    (BlkdebugEvent::PwritevRmwTail, BlkdebugEvent::PwritevRmwAfterTail)
+                } else {
+                    (BlkdebugEvent::PwritevRmwHead, BlkdebugEvent::PwritevRmwAfterHead)
+                };
+                self.raise(before);
                 self.driver.read(from, &bounce).await?;
+                self.raise(after);
             }
             let skip = to_usize(start - from);
             let into = bounce.slice(skip, bounce.len());
@@ -247,6 +257,7 @@ impl Node {
         let facts = self.facts();
         let (fua, flush) = self.fua(&facts, flags.fua);
         let may_unmap = flags.may_unmap && self.options.load().discard;
+        self.raise(BlkdebugEvent::PwritevZero);
         Box::pin(self.zero_pieces(&facts, span, ZeroFlags { fua, may_unmap, ..flags })).await?;
         if flush { self.flush_after_change().await } else { Ok(()) }
     }

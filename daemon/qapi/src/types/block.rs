@@ -87,6 +87,8 @@ pub struct BlockdevOptions {
 #[derive(Debug, Clone, PartialEq, Qapi)]
 #[qapi(variants, tag_enum = "BlockdevDriver")]
 pub enum BlockdevDriverOptions {
+    /// Lets requests fail by rule.
+    Blkdebug(BlockdevOptionsBlkdebug),
     /// A regular file.
     File(BlockdevOptionsFile),
     /// A block device or a character device of the host.

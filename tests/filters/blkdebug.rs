@@ -1,0 +1,214 @@
+//! `blkdebug` [drop-in A.7]: which requests fail, after which events, in which state; limits; the file with rules.
+
+use serde_json::{Value, json};
+use tests::nbd::{Headers, cmd};
+use tests::{Daemon, Setup, on_reference};
+
+use crate::MIB;
+
+const EIO: u32 = 5;
+const EINVAL: u32 = 22;
+const ENOSPC: u32 = 28;
+
+fn idle() -> Daemon {
+    Setup::new().qmp().nbd_server().start()
+}
+
+fn blkdebug(more: Value) -> Value {
+    let mut json = json!({
+        "driver": "blkdebug", "node-name": "d", "discard": "unmap", "image": { "driver": "null-co", "size": MIB, "read-zeroes": true }
+    });
+    json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    json
+}
+
+/// A daemon that exports a `raw` node over a `blkdebug` node with these options.
+fn serving(more: Value) -> Daemon {
+    let daemon = idle();
+    let mut qmp = daemon.qmp();
+    qmp.ok("blockdev-add", blkdebug(more));
+    qmp.ok("blockdev-add", json!({ "driver": "raw", "node-name": "top", "file": "d", "discard": "unmap" }));
+    qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "top", "writable": true }));
+    daemon
+}
+
+/// The errors of requests, each on a connection of its own, for the reference ends some of those on which a read fails.
+fn errors(daemon: &Daemon, requests: &[(u16, u64)]) -> Vec<u32> {
+    let one = |&(command, at): &(u16, u64)| {
+        let (mut client, _) = daemon.nbd().open("top", Headers::Simple);
+        match command {
+            cmd::WRITE => client.write(at, 0, &[7; 512]),
+            cmd::FLUSH => client.simple(cmd::FLUSH, 0, 0, 0),
+            _ => client.simple(command, 0, at, 512),
+        }
+    };
+    requests.iter().map(one).collect()
+}
+
+const READ: (u16, u64) = (cmd::READ, 0);
+const WRITE: (u16, u64) = (cmd::WRITE, 0);
+const ZERO: (u16, u64) = (cmd::WRITE_ZEROES, 0);
+const TRIM: (u16, u64) = (cmd::TRIM, 0);
+const FLUSH: (u16, u64) = (cmd::FLUSH, 0);
+
+#[test]
+fn rules_from_the_start() {
+    let all = [READ, WRITE, ZERO, TRIM, FLUSH];
+    for (rule, want) in [
+        (json!({ "event": "none" }), [EIO; 5]),
+        (json!({ "event": "none", "errno": 28 }), [ENOSPC; 5]),
+        (json!({ "event": "none", "errno": 0 }), [0; 5]),
+        (json!({ "event": "none", "state": 2 }), [0; 5]),
+        (json!({ "event": "none", "state": 1, "iotype": "read" }), [EIO, 0, 0, 0, 0]),
+        (json!({ "event": "none", "iotype": "write" }), [0, EIO, 0, 0, 0]),
+        (json!({ "event": "none", "iotype": "write-zeroes" }), [0, 0, EIO, 0, 0]),
+        (json!({ "event": "none", "iotype": "discard", "immediately": true }), [0, 0, 0, EIO, 0]),
+        (json!({ "event": "none", "iotype": "flush" }), [0, 0, 0, 0, EIO]),
+        (json!({ "event": "none", "once": true }), [EIO, 0, 0, 0, 0]),
+        (json!({ "event": "none", "sector": 0, "iotype": "write" }), [0, EIO, 0, 0, 0]),
+        (json!({ "event": "none", "sector": 1 }), [0; 5]),
+    ] {
+        let daemon = serving(json!({ "inject-error": [rule] }));
+        assert_eq!(errors(&daemon, &all), want, "{rule}");
+    }
+}
+
+#[test]
+fn rules_from_an_event_on() {
+    for (options, requests, want) in [
+        // The read itself raises the event and fails with it; the rule stays in force.
+        (json!({ "inject-error": [{ "event": "read_aio" }] }), vec![WRITE, READ, WRITE], vec![0, EIO, EIO]),
+        (
+            json!({ "inject-error": [{ "event": "pwritev", "once": true }] }),
+            vec![READ, WRITE, WRITE, READ],
+            vec![0, EIO, 0, 0],
+        ),
+        (
+            json!({ "inject-error": [{ "event": "pwritev_zero", "iotype": "write-zeroes" }] }),
+            vec![WRITE, ZERO, WRITE, READ],
+            vec![0, EIO, 0, 0],
+        ),
+        (
+            json!({ "inject-error": [{ "event": "flush_to_disk", "once": true }] }),
+            vec![WRITE, FLUSH, WRITE],
+            vec![0, EIO, 0],
+        ),
+        (
+            json!({
+                "set-state": [{ "event": "write_aio", "new_state": 2 }, { "event": "flush_to_os", "state": 2, "new_state": 3 }],
+                "inject-error": [{ "event": "read_aio", "state": 3, "iotype": "read" }],
+            }),
+            vec![READ, WRITE, READ, FLUSH, READ, WRITE],
+            vec![0, 0, 0, 0, EIO, 0],
+        ),
+        // A rule that comes into force takes the place of those before.
+        (
+            json!({ "inject-error": [{ "event": "none", "iotype": "read" }, { "event": "write_aio", "iotype": "flush" }] }),
+            vec![READ, WRITE, READ, FLUSH],
+            vec![EIO, 0, 0, EIO],
+        ),
+    ] {
+        let daemon = serving(options.clone());
+        assert_eq!(errors(&daemon, &requests), want, "{options}");
+    }
+}
+
+#[test]
+fn rules_from_a_file() {
+    let daemon = idle();
+    let config = daemon.path("rules");
+    let mut qmp = daemon.qmp();
+    for (text, want) in [
+        ("[inject-error]\nevent = \"foo\"\n", "invalid parameter value: foo"),
+        ("[inject-error]\nerrno = \"5\"\n", "Missing event name for rule"),
+        ("[nix]\n", "There is no option group 'nix'"),
+        ("garbage\n", "no group defined"),
+        ("[set-state]\nevent=\"none\"\n", "Invalid parameter 'event=\"none\"'"),
+        ("[inject-error]\nevent = \"none\"\nfoo = \"5\"\n", "Invalid parameter 'foo'"),
+        ("[inject-error]\nevent = \"none\"\nerrno = \"x\"\n", "Parameter 'errno' expects a number"),
+        ("[inject-error]\nevent = \"none\"\nonce = \"x\"\n", "Parameter 'once' expects 'on' or 'off'"),
+    ] {
+        std::fs::write(&config, text).unwrap();
+        assert_eq!(qmp.refused("blockdev-add", blkdebug(json!({ "config": config }))), want);
+    }
+    let missing = blkdebug(json!({ "config": daemon.path("missing") }));
+    let text = "Could not read blkdebug config file: No such file or directory";
+    assert_eq!(qmp.refused("blockdev-add", missing), text);
+    let text = "# comment\n\n[inject-error]\n  event = \"read_aio\"\nstate = \"1\"\nerrno = \"28\"\nonce = \"on\"\n\
+                [set-state \"x\"]\nevent = \"write_aio\"\nnew_state = \"7\"\n";
+    let daemon = idle();
+    std::fs::write(daemon.path("rules"), text).unwrap();
+    let mut qmp = daemon.qmp();
+    qmp.ok("blockdev-add", blkdebug(json!({ "config": daemon.path("rules") })));
+    qmp.ok("blockdev-add", json!({ "driver": "raw", "node-name": "top", "file": "d" }));
+    qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "top", "writable": true }));
+    assert_eq!(errors(&daemon, &[READ, READ, WRITE, READ]), [ENOSPC, 0, 0, 0]);
+}
+
+#[test]
+fn limits_are_checked() {
+    let daemon = idle();
+    let mut qmp = daemon.qmp();
+    for (options, text) in [
+        (json!({ "align": 3 }), "Cannot meet constraints with align 3"),
+        (json!({ "align": 1_u64 << 31 }), "Cannot meet constraints with align 2147483648"),
+        (json!({ "align": -1 }), "Value '-1' is out of range for parameter 'align'"),
+        (json!({ "align": 512, "max-transfer": 1000 }), "Cannot meet constraints with max-transfer 1000"),
+        (json!({ "max-transfer": -1 }), "Value '-1' is out of range for parameter 'max-transfer'"),
+        (json!({ "max-transfer": 1_u64 << 31 }), "Parameter 'max-transfer' expects int32_t"),
+        (json!({ "align": 512, "opt-write-zero": 100 }), "Cannot meet constraints with opt-write-zero 100"),
+        (json!({ "opt-write-zero": 4096, "max-write-zero": 1024 }), "Cannot meet constraints with max-write-zero 1024"),
+        (json!({ "align": 512, "opt-discard": 100 }), "Cannot meet constraints with opt-discard 100"),
+        (json!({ "opt-discard": 4096, "max-discard": 1024 }), "Cannot meet constraints with max-discard 1024"),
+        (
+            json!({ "inject-error": [{ "event": "foo" }] }),
+            if on_reference() {
+                "Parameter 'event' does not accept value 'foo'"
+            } else {
+                "Parameter 'inject-error[0].event' does not accept value 'foo'"
+            },
+        ),
+    ] {
+        assert_eq!(qmp.refused("blockdev-add", blkdebug(options.clone())), text, "{options}");
+    }
+    qmp.ok("blockdev-add", json!({ "driver": "null-co", "node-name": "ro", "read-only": true }));
+    let takes = json!({ "image": "ro", "take-child-perms": ["write"] });
+    assert_eq!(qmp.refused("blockdev-add", blkdebug(takes)), "Block node is read-only");
+    // What one unshares nobody else gets.
+    qmp.ok("blockdev-add", json!({ "driver": "null-co", "node-name": "n", "size": MIB }));
+    qmp.ok("blockdev-add", blkdebug(json!({ "image": "n", "unshare-child-perms": ["write"] })));
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "n", "writable": true });
+    let text = qmp.refused("block-export-add", export);
+    assert!(text.contains("permissions 'write' are both required by"), "{text}");
+}
+
+/// Requests that do not fit are made to fit: the data are right whatever the limits.
+#[test]
+fn data_survive_narrow_limits() {
+    let daemon = Setup::new().qmp().nbd_server().image("a.img", MIB).start();
+    let mut qmp = daemon.qmp();
+    let options = json!({
+        "align": 4096, "max-transfer": 8192, "opt-write-zero": 16384, "max-write-zero": 32768, "opt-discard": 8192,
+        "max-discard": 16384,
+        "image": { "driver": "file", "filename": daemon.path("a.img") }
+    });
+    qmp.ok("blockdev-add", blkdebug(options));
+    qmp.ok("blockdev-add", json!({ "driver": "raw", "node-name": "top", "file": "d", "discard": "unmap" }));
+    qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "top", "writable": true }));
+    let uri = daemon.uri("top");
+    tests::tools::qemu_io(
+        &uri,
+        &[
+            "write -P 1 0 1M",
+            "write -P 2 4096 100000",
+            "write -z 20480 60000",
+            "read -P 0 20480 60000",
+            "read -P 2 4096 16384",
+            "read -P 2 80480 23616",
+            "read -P 1 104096 900000",
+            "read -P 1 0 4096",
+        ],
+    );
+    let (mut client, _) = daemon.nbd().open("top", Headers::Simple);
+    assert!([0, EINVAL].contains(&client.write(100, 0, &[9; 100])));
+}
