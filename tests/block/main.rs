@@ -5,6 +5,7 @@ mod data;
 mod graph;
 mod locking;
 mod queries;
+mod reservations;
 
 use serde_json::{Value, json};
 use tests::{Daemon, Setup, qmp};

@@ -58,7 +58,10 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.failure.status, self.failure.sense()) {
             (status::RESERVATION_CONFLICT, _) => f.write_str("reservation conflict")?,
-            (status::CHECK_CONDITION, Some(sense)) => write!(f, "sense {sense}")?,
+            (status::CHECK_CONDITION, Some(sense)) => match sense.name() {
+                Some(name) => write!(f, "{name}, sense {sense}")?,
+                None => write!(f, "sense {sense}")?,
+            },
             (status::CHECK_CONDITION, None) => f.write_str("check condition without sense")?,
             (status::BUSY, _) => f.write_str("the device is busy")?,
             (status::TASK_SET_FULL, _) => f.write_str("the device has no room for another command")?,
@@ -157,8 +160,11 @@ mod tests {
 
     #[test]
     fn problems_read_well() {
-        assert_eq!(Problem::from(Sense::TIMEOUT).to_string(), "sense b/2e/02");
-        assert_eq!(Problem::new(Sense::TIMEOUT, "no answer").to_string(), "sense b/2e/02 (no answer)");
+        assert_eq!(Problem::from(Sense { key: 3, code: 0x11, qualifier: 0 }).to_string(), "sense 3/11/00");
+        assert_eq!(
+            Problem::new(Sense::TIMEOUT, "no answer").to_string(),
+            "command timeout during processing, sense b/2e/02 (no answer)"
+        );
         let conflict = Failure { status: status::RESERVATION_CONFLICT, sense: Vec::new() };
         assert_eq!(Problem::from(conflict).to_string(), "reservation conflict");
     }

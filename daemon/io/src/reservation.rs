@@ -115,7 +115,7 @@ impl File {
     /// The registered keys: the generation, how many there are, and the first of them up to `room`.
     ///
     /// # Errors
-    /// What ioctl(2) says; kernels before 6.19 do not have the call.
+    /// What ioctl(2) says: `ENOTTY` of kernels that lack the call.
     pub async fn pr_read_keys(&self, room: u16) -> io::Result<(u32, u32, Vec<u64>)> {
         let fd = Arc::clone(&self.fd);
         let read = move || {
@@ -135,7 +135,7 @@ impl File {
     /// The reservation.
     ///
     /// # Errors
-    /// What ioctl(2) says; kernels before 6.19 do not have the call.
+    /// What ioctl(2) says: `ENOTTY` of kernels that lack the call.
     pub async fn pr_read_reservation(&self) -> io::Result<PrReservation> {
         let fd = Arc::clone(&self.fd);
         let read = move || {

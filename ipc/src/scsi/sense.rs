@@ -65,6 +65,31 @@ impl Sense {
         Self { key: key as u8, code, qualifier }
     }
 
+    /// The standard's name of those above and of what devices often say about reservations. `[SPC-4 table F.2]`
+    pub const fn name(self) -> Option<&'static str> {
+        Some(match (self.code, self.qualifier) {
+            (0x00, 0x06) => "I/O process terminated",
+            (0x05, 0x00) => "logical unit does not respond to selection",
+            (0x08, 0x00) => "logical unit communication failure",
+            (0x1a, 0x00) => "parameter list length error",
+            (0x20, 0x00) => "invalid command operation code",
+            (0x20, 0x02) => "access denied - no access rights",
+            (0x24, 0x00) => "invalid field in CDB",
+            (0x26, 0x00) => "invalid field in parameter list",
+            (0x26, 0x04) => "invalid release of persistent reservation",
+            (0x29, _) => "power on, reset, or bus device reset occurred",
+            (0x2a, 0x03) => "reservations preempted",
+            (0x2a, 0x04) => "reservations released",
+            (0x2a, 0x05) => "registrations preempted",
+            (0x2e, 0x02) => "command timeout during processing",
+            (0x2f, 0x00) => "commands cleared by another initiator",
+            (0x3a, 0x00) => "medium not present",
+            (0x44, 0x00) => "internal target failure",
+            (0x55, 0x04) => "insufficient registration resources",
+            _ => return None,
+        })
+    }
+
     /// Fixed-format sense data, current error, additional length 10.
     pub const fn to_fixed(self) -> [u8; SENSE_SIZE] {
         let mut bytes = [0; SENSE_SIZE];
