@@ -218,6 +218,7 @@ fn refusal(error: &clap::Error) -> Error {
     };
     let text = match error.kind() {
         ErrorKind::InvalidValue | ErrorKind::TooFewValues => format!("option '{word}' requires an argument"),
+        ErrorKind::TooManyValues => format!("option '{word}' doesn't allow an argument"),
         ErrorKind::UnknownArgument => match word.strip_prefix('-') {
             Some(short) if !short.starts_with('-') => format!("invalid option -- '{short}'"),
             _ => format!("unrecognized option '{word}'"),
@@ -282,6 +283,7 @@ mod tests {
         assert_eq!(text(&["--blockdev"]), "option '--blockdev' requires an argument");
         assert_eq!(text(&["--nope"]), "unrecognized option '--nope'");
         assert_eq!(text(&["-x"]), "invalid option -- 'x'");
+        assert_eq!(text(&["--daemonize=3"]), "option '--daemonize' doesn't allow an argument");
     }
 
     #[test]
