@@ -14,6 +14,7 @@ mod events;
 mod monitor;
 mod pidfile;
 mod pr_manager;
+mod service;
 mod trace;
 mod version;
 
@@ -141,8 +142,10 @@ async fn serve(steps: Vec<Step>, pidfile: Option<String>, starting: Option<Start
         () = stopped => Err(Stop::Signal),
     };
     if ready.is_ok() {
+        service::ready();
         control.serve().await;
     }
+    service::stopping();
     control.shut_down().await;
     let mut connections = Vec::new();
     for monitor in monitors {

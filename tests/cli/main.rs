@@ -3,4 +3,5 @@
 
 mod errors;
 mod life;
+mod service;
 mod sockets;

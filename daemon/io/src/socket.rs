@@ -33,7 +33,9 @@ pub async fn listen(address: &SocketAddress) -> Result<Vec<Listener>> {
         SocketAddressVariant::Inet(inet) => listen_inet(inet),
         SocketAddressVariant::Unix(unix) => listen_unix(unix).map(|one| vec![one]),
         SocketAddressVariant::Vsock(vsock) => listen_vsock(vsock).map(|one| vec![one]),
-        SocketAddressVariant::Fd(fd) => passed_socket(&fd.str).map(|fd| vec![Opened { fd, path: None }]),
+        SocketAddressVariant::Fd(fd) => {
+            passed_numbers(&fd.str)?.into_iter().map(|n| Ok(Opened { fd: passed_socket(n)?, path: None })).collect()
+        }
     })
     .await?;
     opened
@@ -61,7 +63,10 @@ pub async fn connect(address: &SocketAddress) -> Result<OwnedFd> {
             let fd = new_socket(AddressFamily::Vsock)?;
             finish_connect(fd, &vsock_address(vsock)?, &format!("{}:{}", vsock.cid, vsock.port))
         }
-        SocketAddressVariant::Fd(fd) => passed_socket(&fd.str),
+        SocketAddressVariant::Fd(fd) => match passed_numbers(&fd.str)?.as_slice() {
+            [number] => passed_socket(*number),
+            _ => Err(Error::generic(format!("More than one file descriptor is called '{}'", fd.str))),
+        },
     })
     .await
 }
@@ -265,10 +270,24 @@ fn listen_vsock(vsock: &VsockSocketAddress) -> Result<Opened> {
     Ok(Opened { fd, path: None })
 }
 
+/// The descriptors that a text means: one by its number, or all that the service manager passed under this name.
+fn passed_numbers(text: &str) -> Result<Vec<RawFd>> {
+    if let Ok(number) = text.parse() {
+        return Ok(vec![number]);
+    }
+    let named: Vec<RawFd> = match sd_notify::listen_fds_with_names() {
+        Ok(passed) => passed.filter(|(_, name)| name == text).map(|(number, _)| number).collect(),
+        Err(error) => return Err(Error::io("Cannot read which file descriptors were passed", error)),
+    };
+    if named.is_empty() {
+        return Err(Error::generic(format!("Unable to parse FD number {text}")));
+    }
+    Ok(named)
+}
+
 /// A socket that the process was started with, by its number. It belongs to the caller from now on.
-fn passed_socket(text: &str) -> Result<OwnedFd> {
-    let number: RawFd = text.parse().map_err(|_| Error::generic(format!("Unable to parse FD number {text}")))?;
-    let not_a_socket = || Error::generic(format!("File descriptor '{text}' is not a socket"));
+fn passed_socket(number: RawFd) -> Result<OwnedFd> {
+    let not_a_socket = || Error::generic(format!("File descriptor '{number}' is not a socket"));
     if number < 0 {
         return Err(not_a_socket());
     }
