@@ -3,13 +3,16 @@
 use nix::unistd::{ForkResult, fork, setsid};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 
 /// The child's end: tells the waiting parent how the start went.
 #[derive(Debug)]
 pub struct Starting {
-    pipe: File,
+    /// Never closed but by the end of the process: if the start fails, the parent returns only after the child has told
+    /// the user why.
+    pipe: ManuallyDrop<File>,
 }
 
 /// Who returned from [`daemonize`].
@@ -49,7 +52,7 @@ pub fn daemonize() -> io::Result<Daemonized> {
                 ForkResult::Child => {}
             }
             nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o027));
-            Ok(Daemonized::Child(Starting { pipe: File::from(write) }))
+            Ok(Daemonized::Child(Starting { pipe: ManuallyDrop::new(File::from(write)) }))
         }
     }
 }
@@ -80,12 +83,12 @@ impl Starting {
     ///
     /// # Errors
     /// The null device is missing.
-    pub fn succeeded(mut self) -> io::Result<()> {
+    pub fn succeeded(self) -> io::Result<()> {
         std::env::set_current_dir("/")?;
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         nix::unistd::dup2_stdin(&null)?;
         nix::unistd::dup2_stdout(&null)?;
         nix::unistd::dup2_stderr(&null)?;
-        self.pipe.write_all(&[0])
+        ManuallyDrop::into_inner(self.pipe).write_all(&[0])
     }
 }
