@@ -147,7 +147,7 @@ fn receive_frame<T: frame::Message>(socket: &UnixStream) -> io::Result<T> {
 
 fn read_exact(socket: &UnixStream, mut buf: &mut [u8]) -> io::Result<()> {
     while !buf.is_empty() {
-        match fds::receive(socket.as_fd(), buf, &mut Passed::None) {
+        match fds::receive(socket.as_fd(), buf, &mut Passed::default()) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => buf = buf.get_mut(n..).unwrap_or_default(),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

@@ -1,8 +1,8 @@
 //! Descriptors that travel with bytes on a Unix socket (SCM_RIGHTS), counted.
 //!
 //! A message of these protocols carries exactly one descriptor or none. A peer can send as many as it likes with each
-//! byte: [`Passed`] keeps one and closes all when a second comes, so nothing leaks whatever the peer does. Descriptors
-//! beyond the control buffer are closed by the kernel (MSG_CTRUNC), which counts as a second one.
+//! byte: [`Passed`] counts them, and whoever receives stops at the second. At most two come with one receive; those beyond
+//! are closed by the kernel (MSG_CTRUNC), which counts as too many. All are owned, so nothing leaks whatever the peer does.
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -14,22 +14,30 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// The descriptors that came with a message so far.
 #[derive(Debug, Default)]
-pub enum Passed {
-    /// No descriptor.
-    #[default]
-    None,
-    /// The one that the message needs.
-    One(OwnedFd),
-    /// More than one came; all are closed.
-    TooMany,
+pub struct Passed {
+    fds: Vec<OwnedFd>,
+    truncated: bool,
 }
 
 impl Passed {
-    fn push(&mut self, fd: OwnedFd) {
-        *self = match std::mem::take(self) {
-            Self::None => Self::One(fd),
-            Self::One(_) | Self::TooMany => Self::TooMany,
-        };
+    /// Did none come?
+    pub fn is_none(&self) -> bool {
+        self.fds.is_empty() && !self.truncated
+    }
+
+    /// Did more than one come? Then nothing more should be received: it would only bring more.
+    pub fn is_too_many(&self) -> bool {
+        self.fds.len() > 1 || self.truncated
+    }
+
+    /// The one that came; `None`, and they all stay here, if it is none or too many.
+    pub fn take_one(&mut self) -> Option<OwnedFd> {
+        if self.is_too_many() { None } else { self.fds.pop() }
+    }
+
+    /// All of them.
+    pub fn take_all(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.fds)
     }
 }
 
@@ -43,11 +51,11 @@ pub fn receive(socket: impl AsFd, buf: &mut [u8], passed: &mut Passed) -> io::Re
     let received = recvmsg(socket, &mut [IoSliceMut::new(buf)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = message {
-            fds.for_each(|fd| passed.push(fd));
+            passed.fds.extend(fds);
         }
     }
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        *passed = Passed::TooMany;
+        passed.truncated = true;
     }
     Ok(received.bytes)
 }
@@ -86,15 +94,14 @@ mod tests {
         for (count, many) in [(1, false), (2, true), (3, true), (253, true)] {
             let (a, b) = UnixStream::pair().unwrap();
             send_many(&a, b"x", count);
-            let mut passed = Passed::None;
+            let mut passed = Passed::default();
             assert_eq!(receive(&b, &mut [0; 8], &mut passed).unwrap(), 1);
-            assert_eq!(matches!(passed, Passed::TooMany), many, "{count}");
-            assert_eq!(matches!(passed, Passed::One(_)), !many, "{count}");
+            assert_eq!((passed.is_too_many(), passed.take_one().is_some()), (many, !many), "{count}");
             // None is left open: when our end is closed, nobody else holds the peer's socket.
             drop(passed);
             drop(a);
             assert_eq!(
-                receive(&b, &mut [0; 8], &mut Passed::None).unwrap(),
+                receive(&b, &mut [0; 8], &mut Passed::default()).unwrap(),
                 0,
                 "{count}: a copy of the peer's end lives"
             );
@@ -106,12 +113,12 @@ mod tests {
         let (a, b) = UnixStream::pair().unwrap();
         send_many(&a, b"x", 1);
         send_many(&a, b"y", 1);
-        let mut passed = Passed::None;
+        let mut passed = Passed::default();
         // The kernel does not merge messages that carry descriptors.
         assert_eq!(receive(&b, &mut [0; 8], &mut passed).unwrap(), 1);
-        assert!(matches!(passed, Passed::One(_)));
+        assert!(!passed.is_too_many() && !passed.is_none());
         assert_eq!(receive(&b, &mut [0; 8], &mut passed).unwrap(), 1);
-        assert!(matches!(passed, Passed::TooMany));
+        assert!(passed.is_too_many() && passed.take_one().is_none());
     }
 
     #[test]
@@ -119,9 +126,9 @@ mod tests {
         let (a, b) = UnixStream::pair().unwrap();
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(send(&a, b"hello", Some(file.as_fd())).unwrap(), 5);
-        let (mut passed, mut buf) = (Passed::None, [0; 5]);
+        let (mut passed, mut buf) = (Passed::default(), [0; 5]);
         assert_eq!(receive(&b, &mut buf, &mut passed).unwrap(), 5);
-        let Passed::One(got) = passed else { panic!("no descriptor") };
+        let got = passed.take_one().unwrap();
         assert_ne!(got.as_raw_fd(), file.as_raw_fd());
         let rdev = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_rdev;
         assert_eq!(rdev(got.as_fd()), rdev(file.as_fd()));

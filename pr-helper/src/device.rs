@@ -3,13 +3,13 @@
 //! The descriptor's file type and open mode are checked where the request arrives; the worker thread that has the
 //! device executes. A descriptor that is no device gets the answer that the ioctl would have given, without the ioctl.
 
+use crate::foreign::Foreign;
 use crate::{kernel_pr, scsi_device};
 use ipc::classic::Reply;
 use ipc::scsi::{Cdb, Sense};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, major, minor};
+use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, statx};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ const SCSI_CHARACTER_MAJORS: [u32; 3] = [21, 9, 86];
 /// A device that a client sent.
 #[derive(Debug)]
 pub struct Device {
-    fd: OwnedFd,
+    fd: Foreign,
     number: Number,
     block: bool,
 }
@@ -44,19 +44,21 @@ impl Device {
     ///
     /// PERSISTENT RESERVE OUT needs a descriptor open for writing, whatever it is of: who may not write a disk may not
     /// reserve it. The operation is then not valid for the client, hence INVALID COMMAND OPERATION CODE.
-    pub fn new(fd: OwnedFd, cdb: &Cdb) -> Result<Self, Box<Reply>> {
-        let terminated = |_| Box::new(Reply::check(Sense::IO_PROCESS_TERMINATED));
-        let mode = fcntl_getfl(&fd).map_err(terminated)?;
+    pub fn new(fd: Foreign, cdb: &Cdb) -> Result<Self, Box<Reply>> {
+        let terminated = || Box::new(Reply::check(Sense::IO_PROCESS_TERMINATED));
+        let mode = fd.fd().and_then(|fd| fcntl_getfl(fd).ok()).ok_or_else(terminated)?;
         let writable = !mode.contains(OFlags::PATH) && mode.intersects(OFlags::WRONLY | OFlags::RDWR);
         if cdb.is_out() && !writable {
             return Err(Box::new(Reply::check(Sense::INVALID_OPCODE)));
         }
-        let stat = fstat(&fd).map_err(terminated)?;
-        let number = Number { major: major(stat.st_rdev), minor: minor(stat.st_rdev) };
-        let block = match FileType::from_raw_mode(stat.st_mode) {
+        // Not fstat: it may ask the server of a network or FUSE file system, which may be the client.
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let stat = fd.fd().and_then(|fd| statx(fd, c"", flags, StatxFlags::TYPE).ok()).ok_or_else(terminated)?;
+        let number = Number { major: stat.stx_rdev_major, minor: stat.stx_rdev_minor };
+        let block = match FileType::from_raw_mode(stat.stx_mode.into()) {
             FileType::BlockDevice if !mode.contains(OFlags::PATH) => true,
             FileType::CharacterDevice if SCSI_CHARACTER_MAJORS.contains(&number.major) => false,
-            _ => return Err(Box::new(Reply::check(Sense::IO_PROCESS_TERMINATED))),
+            _ => return Err(terminated()),
         };
         Ok(Self { fd, number, block })
     }
@@ -66,10 +68,15 @@ impl Device {
         self.number
     }
 
+    /// Closes the descriptor on this thread.
+    pub fn close_here(self) {
+        self.fd.close_here();
+    }
+
     /// A stand-in for tests that never reach a device.
     #[cfg(test)]
     pub fn of_number(number: Number) -> Self {
-        let fd = File::open("/dev/null").unwrap().into();
+        let (fd, _, _) = crate::foreign::tests::foreign(File::open("/dev/null").unwrap().into());
         Self { fd, number, block: true }
     }
 }
@@ -93,7 +100,7 @@ impl Executor {
         if cdb.action().is_none() {
             return Reply::check(Sense::INVALID_FIELD_IN_CDB);
         }
-        let fd = device.fd.as_fd();
+        let Some(fd) = device.fd.fd() else { return Reply::check(Sense::IO_PROCESS_TERMINATED) };
         if device.block && cdb.is_out() && self.is_device_mapper(device.number.major) {
             return kernel_pr::reserve_out(fd, None, cdb, parameters, self.timeout);
         }
@@ -136,8 +143,10 @@ fn device_mapper_major(devices: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::foreign::tests::foreign;
     use ipc::scsi::Action;
     use std::fs::OpenOptions;
+    use std::os::fd::OwnedFd;
 
     #[test]
     fn majors() {
@@ -151,7 +160,7 @@ mod tests {
     fn what_is_no_device_gets_the_answer_of_the_ioctl() {
         let read = Cdb::build(Action::ReadKeys, 0, 64);
         let write = Cdb::build(Action::Register, 0, 24);
-        let refused = |fd: OwnedFd, cdb| *Device::new(fd, cdb).map(|d| d.number()).unwrap_err();
+        let refused = |fd: OwnedFd, cdb| *Device::new(foreign(fd).0, cdb).map(|d| d.number()).unwrap_err();
         let null = || OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
         assert_eq!(refused(null().into(), &read), Reply::check(Sense::IO_PROCESS_TERMINATED));
         assert_eq!(refused(null().into(), &write), Reply::check(Sense::IO_PROCESS_TERMINATED));

@@ -1,12 +1,11 @@
 //! A connection that speaks frames: requests overlap, answers come in the order in which devices finish,
 //! `[ipc::frame]`.
 
-use crate::server::{Connection, End, in_time, one_descriptor};
+use crate::foreign::{Arrival, Foreign};
+use crate::server::{Connection, End, in_time};
 use ipc::classic::Reply;
-use ipc::fds::Passed;
 use ipc::frame::{self, HEADER, Hello, Request, Response, Welcome};
 use ipc::scsi::Sense;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -17,8 +16,8 @@ const MAX_IN_FLIGHT: u16 = 16;
 /// Serves requests until the connection ends; those in progress are answered if the client still listens.
 pub async fn run(connection: Connection) -> Result<(), End> {
     let connection = Arc::new(connection);
-    let (hello, passed) = in_time("say hello", read_frame::<Hello>(&connection)).await?;
-    if !matches!(passed, Passed::None) {
+    let (hello, arrival) = in_time("say hello", read_frame::<Hello>(&connection)).await?;
+    if !arrival.passed.is_none() {
         return Err(End::Protocol("File descriptor in the negotiation".into()));
     }
     let version = hello.choose();
@@ -37,8 +36,8 @@ async fn serve(connection: &Arc<Connection>, open: &mut JoinSet<()>) -> Result<(
     // Held while a response is written, so that responses do not mix.
     let sending = Arc::new(Mutex::new(()));
     loop {
-        let (request, passed) = read_frame::<Request>(connection).await?;
-        let fd = one_descriptor(passed)?;
+        let (request, arrival) = read_frame::<Request>(connection).await?;
+        let fd = arrival.take_one().ok_or_else(End::no_descriptor)?;
         while open.try_join_next().is_some() {}
         if open.len() >= usize::from(MAX_IN_FLIGHT) {
             return Err(End::Protocol(format!("More than {MAX_IN_FLIGHT} requests at a time")));
@@ -47,7 +46,7 @@ async fn serve(connection: &Arc<Connection>, open: &mut JoinSet<()>) -> Result<(
     }
 }
 
-async fn answer(connection: Arc<Connection>, sending: Arc<Mutex<()>>, request: Request, fd: OwnedFd) {
+async fn answer(connection: Arc<Connection>, sending: Arc<Mutex<()>>, request: Request, fd: Foreign) {
     let action = request.command.action();
     let reply = match request.command.encode() {
         Some((cdb, parameters)) => connection.execute(fd, cdb, parameters).await,
@@ -61,14 +60,14 @@ async fn answer(connection: Arc<Connection>, sending: Arc<Mutex<()>>, request: R
     }
 }
 
-async fn read_frame<T: frame::Message>(connection: &Connection) -> Result<(T, Passed), End> {
+async fn read_frame<T: frame::Message>(connection: &Connection) -> Result<(T, Arrival), End> {
     let mut header = [0; HEADER];
-    let mut passed = Passed::None;
-    let begun = connection.first(&mut header, &mut passed).await?;
-    connection.rest(header.get_mut(begun..).unwrap_or_default(), &mut passed).await?;
+    let mut arrival = connection.arrival().await?;
+    let begun = connection.first(&mut header, &mut arrival).await?;
+    connection.rest(header.get_mut(begun..).unwrap_or_default(), &mut arrival).await?;
     let mut message = vec![0; frame::message_length(header).map_err(protocol)?];
-    connection.rest(&mut message, &mut passed).await?;
-    Ok((frame::decode(&message).map_err(protocol)?, passed))
+    connection.rest(&mut message, &mut arrival).await?;
+    Ok((frame::decode(&message).map_err(protocol)?, arrival))
 }
 
 fn protocol(error: frame::Error) -> End {

@@ -80,6 +80,7 @@ impl Workers {
             let reply = self.executor.execute(&task.device, &task.cdb, &task.parameters);
             // The client may have its answer already.
             let _ = task.answer.send(reply);
+            task.device.close_here();
         }
     }
 }

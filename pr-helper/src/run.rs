@@ -4,6 +4,7 @@
 //! the first.
 
 use crate::device::Executor;
+use crate::foreign::{self, Closing};
 use crate::listen::{self, Made};
 use crate::log;
 use crate::notify::Manager;
@@ -64,6 +65,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     // The kernel gives up first, so that a thread is free again when its client has its answer.
     let executor = Executor::new(deadline * 3 / 4).map_err(|e| format!("cannot open /proc/devices: {e}"))?;
     let threads = usize::from(options.max_commands);
+    let (closer, closing) = channel();
     let (pool, workers) = pool::new(Arc::new(executor), threads, deadline);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| format!("cannot start the event loop: {e}"))?;
@@ -77,7 +79,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     let made: Vec<&Made> = socket.iter().chain(pidfile.iter().map(|(_, made)| made)).collect();
     let rules = file_rules(&policy, &made);
     let report = sandbox::confine(&Plan {
-        open_files: OWN_FILES + u64::from(options.max_connections) * 2 + u64::from(options.max_commands),
+        open_files: OWN_FILES + u64::from(options.max_connections) * 8 + u64::from(options.max_commands),
         identity,
         capabilities: &[Capability::CAP_SYS_RAWIO],
         files: (options.sandbox != Sandbox::Off).then_some(&rules),
@@ -85,7 +87,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     let report = report.map_err(|e| e.to_string())?;
     // 8. System calls: each thread enters its filter as its first act, this one last.
     let filters = Arc::new(filters(options, &policy, &made)?);
-    let written = start_threads(writer, workers, threads, &filters)?;
+    let written = start_threads(writer, closing, workers, threads, &filters)?;
     enter(&filters, "wire")?;
     log.verbose(|| {
         format!(
@@ -99,6 +101,7 @@ pub fn run(options: &Options) -> Result<(), String> {
         log: log.clone(),
         policy,
         pool,
+        closer,
         idle: (options.idle_timeout != 0).then(|| Duration::from_secs(options.idle_timeout)),
         connections: Arc::new(Semaphore::new(usize::from(options.max_connections))),
         peers: Mutex::new(HashMap::new()),
@@ -151,7 +154,7 @@ fn filters(options: &Options, policy: &Policy, made: &[&Made]) -> Result<Option<
     wire.extend((!made.is_empty()).then_some("wire+remove"));
     wire.extend(policy.asks_for_units().then_some("wire+cgroup"));
     wire.extend(options.daemon.then_some("wire+background"));
-    let roles = [("wire", wire), ("worker", vec!["worker"]), ("logger", vec!["logger"])];
+    let roles = [("wire", wire), ("worker", vec!["worker"]), ("logger", vec!["logger"]), ("closer", vec!["closer"])];
     let filters = Filters::compile(sandbox::syscall::PR_HELPER, &roles, mode).map_err(|e| e.to_string())?;
     sandbox::syscall::name_refused_calls().map_err(|e| e.to_string())?;
     Ok(Some(filters))
@@ -165,6 +168,7 @@ fn enter(filters: &Option<Filters>, role: &'static str) -> Result<(), String> {
 /// logger has written everything.
 fn start_threads(
     writer: log::Writer,
+    closing: Receiver<Closing>,
     workers: Workers,
     threads: usize,
     filters: &Arc<Option<Filters>>,
@@ -192,6 +196,7 @@ fn start_threads(
         drop(writing);
     };
     start("logger", entered.clone(), Box::new(log))?;
+    start("closer", entered.clone(), Box::new(|| foreign::close_all(closing)))?;
     for _ in 0..threads {
         let workers = workers.clone();
         start("worker", entered.clone(), Box::new(|| workers.run()))?;

@@ -5,17 +5,18 @@
 //! nobody else's.
 
 use crate::device::Device;
+use crate::foreign::{Arrival, Closing, Foreign};
 use crate::log::{Entry, Log};
 use crate::policy::{Peer, Policy, Question};
 use crate::pool::Pool;
 use crate::trace::Event;
 use crate::{classic, frames, peer};
 use ipc::classic::{FEATURES, Protocol, Reply};
-use ipc::fds::{self, Passed};
+use ipc::fds;
 use ipc::scsi::{Action, Cdb, Parameters, Sense};
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tokio::io::Interest;
@@ -32,6 +33,9 @@ const CONNECTIONS_PER_PEER: usize = 32;
 /// Requests of one process that are on their way; more wait, so that others get their share of the threads.
 pub const REQUESTS_PER_PEER: usize = 8;
 
+/// Messages of one process whose descriptors are not closed yet, those included that it has not begun to send.
+const DESCRIPTORS_PER_PEER: usize = 4 * CONNECTIONS_PER_PEER;
+
 /// Wait after the system refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -47,6 +51,8 @@ pub struct Server {
     pub idle: Option<Duration>,
     /// The most connections.
     pub connections: Arc<Semaphore>,
+    /// Closes what clients sent.
+    pub closer: Sender<Closing>,
     /// The processes that are connected.
     pub peers: Mutex<HashMap<i32, Weak<Share>>>,
 }
@@ -55,6 +61,7 @@ pub struct Server {
 pub struct Share {
     connections: Arc<Semaphore>,
     requests: Semaphore,
+    descriptors: Arc<Semaphore>,
 }
 
 /// Why a connection ended.
@@ -72,6 +79,13 @@ pub enum End {
     /// The socket failed.
     #[error("{0}")]
     Io(#[from] io::Error),
+}
+
+impl End {
+    /// A request needs a descriptor.
+    pub fn no_descriptor() -> Self {
+        Self::Protocol("No file descriptor in request".into())
+    }
 }
 
 /// One client.
@@ -150,6 +164,7 @@ impl Server {
         let share = Arc::new(Share {
             connections: Arc::new(Semaphore::new(CONNECTIONS_PER_PEER)),
             requests: Semaphore::new(REQUESTS_PER_PEER),
+            descriptors: Arc::new(Semaphore::new(DESCRIPTORS_PER_PEER)),
         });
         peers.insert(pid, Arc::downgrade(&share));
         share
@@ -161,12 +176,12 @@ impl Connection {
         let negotiated = async {
             self.write(&FEATURES.to_be_bytes()).await?;
             let mut wanted = [0; 4];
-            let mut passed = Passed::None;
-            self.read(&mut wanted, &mut passed).await?;
-            match (Protocol::from_requested(wanted, FEATURES), passed) {
-                (Some(protocol), Passed::None) => Ok(protocol),
-                (Some(_), _) => Err(End::Protocol("File descriptor in the negotiation".into())),
-                (None, _) => Err(End::Protocol(format!("Unknown features {:#x}", u32::from_be_bytes(wanted)))),
+            let mut arrival = self.arrival().await?;
+            self.read(&mut wanted, &mut arrival).await?;
+            match Protocol::from_requested(wanted, FEATURES) {
+                Some(protocol) if arrival.passed.is_none() => Ok(protocol),
+                Some(_) => Err(End::Protocol("File descriptor in the negotiation".into())),
+                None => Err(End::Protocol(format!("Unknown features {:#x}", u32::from_be_bytes(wanted)))),
             }
         };
         let mut stop = self.stop.clone();
@@ -182,10 +197,16 @@ impl Connection {
         result.err().unwrap_or(End::Done)
     }
 
+    /// A place for the descriptors of a message; waits while too many of this process are not closed yet.
+    pub async fn arrival(&self) -> Result<Arrival, End> {
+        let permit = self.share.descriptors.clone().acquire_owned().await.map_err(|_| End::Done)?;
+        Ok(Arrival::new(permit, self.server.closer.clone()))
+    }
+
     /// Receives the first bytes of a request, as many as `buf` holds at most; waits as long as a client may be idle.
     ///
     /// Ends with [`End::Done`] when the client or the helper ends.
-    pub async fn first(&self, buf: &mut [u8], passed: &mut Passed) -> Result<usize, End> {
+    pub async fn first(&self, buf: &mut [u8], arrival: &mut Arrival) -> Result<usize, End> {
         let mut stop = self.stop.clone();
         let idle = async {
             match self.server.idle {
@@ -195,7 +216,7 @@ impl Connection {
         };
         // The receiving future holds nothing between its polls: dropping it loses no byte.
         tokio::select! {
-            received = self.receive(buf, passed) => match received? {
+            received = self.receive(buf, arrival) => match received? {
                 0 => Err(End::Done),
                 n => Ok(n),
             },
@@ -205,8 +226,8 @@ impl Connection {
     }
 
     /// Receives the rest of a request, in time.
-    pub async fn rest(&self, buf: &mut [u8], passed: &mut Passed) -> Result<(), End> {
-        in_time("send the rest of a request", self.read(buf, passed)).await
+    pub async fn rest(&self, buf: &mut [u8], arrival: &mut Arrival) -> Result<(), End> {
+        in_time("send the rest of a request", self.read(buf, arrival)).await
     }
 
     /// Sends an answer, in time.
@@ -221,7 +242,7 @@ impl Connection {
     }
 
     /// Answers a request: checks, asks the policy, has a thread execute it, writes the audit line.
-    pub async fn execute(&self, fd: OwnedFd, cdb: Cdb, parameters: Vec<u8>) -> Reply {
+    pub async fn execute(&self, fd: Foreign, cdb: Cdb, parameters: Vec<u8>) -> Reply {
         let started = Instant::now();
         let keys = if cdb.is_out() { Parameters::keys(&parameters) } else { None };
         let device = Device::new(fd, &cdb);
@@ -252,13 +273,18 @@ impl Connection {
         reply
     }
 
-    async fn receive(&self, buf: &mut [u8], passed: &mut Passed) -> io::Result<usize> {
-        self.stream.async_io(Interest::READABLE, || fds::receive(&self.stream, buf, passed)).await
+    async fn receive(&self, buf: &mut [u8], arrival: &mut Arrival) -> Result<usize, End> {
+        let passed = &mut arrival.passed;
+        let received = self.stream.async_io(Interest::READABLE, || fds::receive(&self.stream, buf, passed)).await?;
+        if passed.is_too_many() {
+            return Err(End::Protocol("More than one file descriptor in request".into()));
+        }
+        Ok(received)
     }
 
-    async fn read(&self, mut buf: &mut [u8], passed: &mut Passed) -> Result<(), End> {
+    async fn read(&self, mut buf: &mut [u8], arrival: &mut Arrival) -> Result<(), End> {
         while !buf.is_empty() {
-            match self.receive(buf, passed).await? {
+            match self.receive(buf, arrival).await? {
                 0 => return Err(End::Protocol("The client closed the connection within a request".into())),
                 n => buf = buf.get_mut(n..).unwrap_or_default(),
             }
@@ -278,13 +304,4 @@ impl Connection {
 /// The work's result, or the end of the connection if it takes longer than a client may take.
 pub async fn in_time<T>(what: &'static str, work: impl Future<Output = Result<T, End>>) -> Result<T, End> {
     tokio::time::timeout(PATIENCE, work).await.unwrap_or(Err(End::Late(what)))
-}
-
-/// The one descriptor of a request, or the end of the connection.
-pub fn one_descriptor(passed: Passed) -> Result<OwnedFd, End> {
-    match passed {
-        Passed::One(fd) => Ok(fd),
-        Passed::None => Err(End::Protocol("No file descriptor in request".into())),
-        Passed::TooMany => Err(End::Protocol("More than one file descriptor in request".into())),
-    }
 }

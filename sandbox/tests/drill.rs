@@ -10,10 +10,11 @@ use sandbox::syscall::{EXIT_REFUSED, Filters, Mode, PR_HELPER, name_refused_call
 use std::process::{Command, Output};
 
 /// The sections of each role, with everything that options can add.
-const ROLES: [(&str, &[&str]); 3] = [
+const ROLES: [(&str, &[&str]); 4] = [
     ("wire", &["wire", "wire+remove", "wire+cgroup", "wire+background"]),
     ("worker", &["worker"]),
     ("logger", &["logger"]),
+    ("closer", &["closer"]),
 ];
 
 /// A call with its first three arguments; the others are zero.
@@ -105,6 +106,7 @@ const DIVIDED: &[(&str, Attempt)] = &[
     // Reading is all that any option adds.
     ("wire", ("openat", libc::SYS_openat, [-100, 0, libc::O_RDWR as i64])),
     ("wire", ("openat", libc::SYS_openat, [-100, 0, libc::O_WRONLY as i64 | libc::O_CREAT as i64])),
+    ("wire", ("statx", libc::SYS_statx, [-100, 0, 0])),
     ("wire", ("fcntl", libc::SYS_fcntl, [0, libc::F_SETFL as i64, 0])),
 ];
 

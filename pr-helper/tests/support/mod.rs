@@ -87,6 +87,15 @@ impl Helper {
         tasks.map(|task| value(std::fs::read_to_string(task.unwrap().path().join("status")).unwrap())).collect()
     }
 
+    /// Waits for a state that no message tells.
+    pub fn wait_until(&self, what: &str, state: impl Fn(&Self) -> bool) {
+        let begun = std::time::Instant::now();
+        while !state(self) {
+            assert!(begun.elapsed() < HANGS, "never: {what}");
+            std::thread::yield_now();
+        }
+    }
+
     /// How many descriptors it has open.
     pub fn open_files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
