@@ -220,3 +220,27 @@ fn nothing_is_left_of_a_failed_start() {
     let left: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!left.iter().any(|name| name == "p"), "{left:?}");
 }
+
+#[test]
+fn traces_go_to_a_file() {
+    let mut daemon = Setup::new().serving("disk", 1 << 20).line("--trace enable=*,file=trace.log").start();
+    let (mut client, _) = daemon.nbd().open("disk", tests::nbd::Headers::Structured);
+    client.read(0, 512);
+    drop(client);
+    daemon.stop();
+    let log = fs::read_to_string(daemon.path("trace.log")).unwrap();
+    assert!(log.lines().count() > 2, "{log}");
+    assert_eq!(daemon.stdout(), "");
+}
+
+#[test]
+fn a_list_of_traces_in_a_file() {
+    let setup = Setup::new();
+    let ended = Setup::new().line("--trace help").run();
+    let first = ended.stdout.split_whitespace().next().unwrap_or_default().to_owned();
+    fs::write(setup.path("events"), format!("# a comment\n\n{first}\n")).unwrap();
+    setup.line("--trace events=events").start().stop();
+    let ended = Setup::new().line("--trace events=nosuch").run();
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(ended.stderr.contains("nosuch"), "{}", ended.stderr);
+}

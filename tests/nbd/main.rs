@@ -7,6 +7,7 @@ mod handshake;
 mod hostile;
 mod interop;
 mod lifecycle;
+mod threads;
 mod transmission;
 
 /// The protocol's numbers for errors, which are not always those of this machine [NBD §Error values].

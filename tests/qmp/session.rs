@@ -277,3 +277,41 @@ fn objects_come_and_go() {
     wait_for("the thread to end", || (threads() < with).then_some(()));
     assert_eq!(qmp.refused("object-del", json!({"id": "t"})), "object 't' not found");
 }
+
+#[test]
+fn a_failed_open_closes_no_descriptor_of_others() {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let out = theirs.try_clone().unwrap();
+    let mut daemon = Setup::new()
+        .image("a.img", 1 << 20)
+        .stdio(theirs.into(), out.into())
+        .line("--chardev stdio,id=c --monitor c")
+        .spawn();
+    let mut qmp = qmp::Client::over(ours);
+    qmp.negotiate();
+    if known_defect("X2") {
+        return;
+    }
+    for options in [json!({"pr-manager": "nosuch"}), json!({"aio": "native"}), json!({"filename": "nosuch"})] {
+        let mut arguments = json!({"driver": "file", "node-name": "f", "filename": "a.img"});
+        arguments.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
+        qmp.refused("blockdev-add", arguments);
+        qmp.ok("query-version", json!({}));
+    }
+    qmp.ok("quit", json!({}));
+    assert_eq!(daemon.wait().code(), Some(0));
+}
+
+#[test]
+fn an_authorisation_without_credentials_is_an_error() {
+    let daemon = monitored();
+    let mut qmp = daemon.qmp();
+    let start = json!({"addr": {"type": "unix", "data": {"path": daemon.path("n.sock")}}, "tls-authz": "nosuch"});
+    let started = qmp.execute("nbd-server-start", start);
+    if known_defect("X6") {
+        return;
+    }
+    let text = started.unwrap_err().desc;
+    assert!(text.contains("tls-authz") || text.contains("nosuch") || text.contains("TLS"), "{text}");
+    assert_eq!(qmp.refused("nbd-server-stop", json!({})), "NBD server not running");
+}
