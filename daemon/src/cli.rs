@@ -119,7 +119,8 @@ pub fn command() -> Command {
                 "addr.type=TYPE,addr.KEY=VALUE...[,KEY=VALUE...]",
                 "Start the NBD server.\n\
                  unix: addr.path=PATH; inet: addr.host=HOST,addr.port=PORT;\n\
-                 vsock: addr.cid=CID,addr.port=PORT; fd: addr.str=NUMBER.\n\
+                 vsock: addr.cid=CID,addr.port=PORT;\n\
+                 fd: addr.str=NUMBER, or the NAME that systemd passes the sockets under.\n\
                  All: max-connections=N (100 if not given; 0 is no limit),\n\
                  handshake-max-seconds=N (10 if not given; 0 is no limit)",
             ),
