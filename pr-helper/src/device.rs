@@ -7,9 +7,10 @@ use crate::foreign::Foreign;
 use crate::{kernel_pr, scsi_device};
 use ipc::classic::Reply;
 use ipc::scsi::{Cdb, Sense};
-use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, statx};
+use rustix::fs::{AtFlags, FileType, OFlags, Statx, StatxFlags, fcntl_getfl, statx};
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
@@ -51,9 +52,7 @@ impl Device {
         if cdb.is_out() && !writable {
             return Err(Box::new(Reply::check(Sense::INVALID_OPCODE)));
         }
-        // Not fstat: it may ask the server of a network or FUSE file system, which may be the client.
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let stat = fd.fd().and_then(|fd| statx(fd, c"", flags, StatxFlags::TYPE).ok()).ok_or_else(terminated)?;
+        let stat = fd.fd().and_then(|fd| kind(fd).ok()).ok_or_else(terminated)?;
         let number = Number { major: stat.stx_rdev_major, minor: stat.stx_rdev_minor };
         let block = match FileType::from_raw_mode(stat.stx_mode.into()) {
             FileType::BlockDevice if !mode.contains(OFlags::PATH) => true,
@@ -81,6 +80,13 @@ impl Device {
     }
 }
 
+/// What kind of file it is, and its device number.
+///
+/// Not by fstat: that may ask the server of a network or FUSE file system, which may be the client.
+fn kind(fd: BorrowedFd<'_>) -> rustix::io::Result<Statx> {
+    statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)
+}
+
 /// Executes commands on devices; one for all worker threads.
 #[derive(Debug)]
 pub struct Executor {
@@ -92,7 +98,10 @@ pub struct Executor {
 impl Executor {
     /// Opens what it needs; `timeout` is how long the kernel lets a command run before it aborts it.
     pub fn new(timeout: Duration) -> io::Result<Self> {
-        Ok(Self { majors: File::open("/proc/devices")?, timeout })
+        let majors = File::open("/proc/devices")?;
+        // The first call of a process finds out whether there is statx, with one that the sandbox would refuse.
+        kind(majors.as_fd())?;
+        Ok(Self { majors, timeout })
     }
 
     /// Executes a command, however long it takes.
