@@ -115,6 +115,18 @@ fn options_that_contradict_each_other() {
 }
 
 #[test]
+fn a_device_that_waits_cannot_be_added_while_others_are_served() {
+    if on_reference() {
+        skip!("the reference stops serving");
+    }
+    let daemon = super::monitored();
+    let data = json!({"addr": {"type": "unix", "data": {"path": "x.sock"}}, "wait": true});
+    let backend = json!({"type": "socket", "data": data});
+    let text = daemon.qmp().refused("chardev-add", json!({"id": "x", "backend": backend}));
+    assert!(text.contains("'wait'"), "{text}");
+}
+
+#[test]
 fn the_end_of_a_passed_connection_is_seen() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let fd: OwnedFd = theirs.into();

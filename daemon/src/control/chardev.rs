@@ -2,8 +2,8 @@
 
 use super::Control;
 use qapi::types::chardev::{
-    ChardevAdd, ChardevBackendInfo, ChardevBackendKind, ChardevInfo, ChardevRemove, ChardevReturn, QueryChardev,
-    QueryChardevBackends,
+    ChardevAdd, ChardevBackendInfo, ChardevBackendKind, ChardevBackendVariant, ChardevInfo, ChardevRemove,
+    ChardevReturn, QueryChardev, QueryChardevBackends,
 };
 use qapi::{Error, Result, ResultExt};
 
@@ -11,6 +11,15 @@ impl Control {
     pub(super) async fn chardev_add(&mut self, args: ChardevAdd) -> Result<ChardevReturn> {
         if self.chardevs.type_of(&args.id).is_some() {
             return Err(Error::generic(format!("Chardev with id '{}' already exists", args.id)));
+        }
+        if let ChardevBackendVariant::Socket(socket) = &args.backend.kind
+            && socket.data.server
+            && socket.data.wait == Some(true)
+        {
+            // The control task would take no other command and no signal until then.
+            return Err(Error::generic(
+                "'wait' can only be on on the command line: no other command would be executed",
+            ));
         }
         let added = self.chardevs.add(&args.id, &args.backend).await;
         added.with_context(|| format!("Failed to add chardev '{}'", args.id))
