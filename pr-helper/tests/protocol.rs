@@ -270,6 +270,24 @@ fn connections_are_bounded() {
     }
 }
 
+#[test]
+fn clients_that_do_not_go_on_are_closed() {
+    let helper = Helper::start(&["--audit=off", "--idle-timeout=1"]);
+    let mut silent = Client(helper.connect());
+    read(&mut silent.0, 4);
+    let mut idle = helper.negotiated(0);
+    let mut halfway = helper.negotiated(0);
+    halfway.send(&[0x5e; 7], Some(null().as_fd()));
+    assert!(idle.is_closed(), "silent between requests for the idle time");
+    assert!(halfway.is_closed(), "silent within a request");
+    assert!(silent.is_closed(), "silent in the negotiation");
+    // Who goes on is not affected by another's silence.
+    let mut good = helper.negotiated(0);
+    good.send(Cdb::build(Action::ReadKeys, 0, 8).bytes(), Some(null().as_fd()));
+    assert_eq!(good.reply()[..4], [0, 0, 0, 2]);
+    assert!(helper.end().1.contains("the client did not negotiate in time"));
+}
+
 impl Client {
     /// Closed, instead of the feature word.
     fn is_closed_at_once(&mut self) -> bool {
