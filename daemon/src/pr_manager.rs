@@ -53,7 +53,7 @@ impl Default for Limits {
             answer: Duration::from_secs(60),
             message: Duration::from_secs(5),
             retry: Duration::from_millis(250),
-            longest_retry: Duration::from_secs(15),
+            longest_retry: Duration::from_secs(2),
         }
     }
 }
