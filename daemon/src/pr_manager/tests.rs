@@ -99,7 +99,7 @@ impl Peer {
     }
 
     fn receive<T: Message>(&mut self) -> (T, Passed) {
-        let (mut header, mut passed) = ([0; frame::HEADER], Passed::None);
+        let (mut header, mut passed) = ([0; frame::HEADER], Passed::default());
         self.read(&mut header, &mut passed);
         let mut message = vec![0; frame::message_length(header).unwrap()];
         self.read(&mut message, &mut passed);
@@ -107,8 +107,8 @@ impl Peer {
     }
 
     fn request(&mut self) -> Request {
-        let (request, passed) = self.receive();
-        assert!(matches!(passed, Passed::One(_)), "{passed:?}");
+        let (request, mut passed) = self.receive();
+        assert!(passed.take_one().is_some(), "{passed:?}");
         request
     }
 
@@ -122,9 +122,9 @@ impl Peer {
 
     /// A command of the classic protocol.
     fn command(&self) -> Cdb {
-        let (mut cdb, mut passed) = ([0; 16], Passed::None);
+        let (mut cdb, mut passed) = ([0; 16], Passed::default());
         self.read(&mut cdb, &mut passed);
-        assert!(matches!(passed, Passed::One(_)), "{passed:?}");
+        assert!(passed.take_one().is_some(), "{passed:?}");
         classic::decode_request(cdb).unwrap()
     }
 }
