@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | `monitor` | version, commands, schema, quit |
 //! | `blockdev` | `blockdev-add`, `-del`, `block_resize` |
+//! | `fault` | the fault node of tests |
 //! | `query` | what nodes are and did |
 //! | `export` | exports and the NBD server |
 //! | `reservation` | persistent reservations of nodes, and their managers |
@@ -16,6 +17,7 @@
 mod blockdev;
 mod chardev;
 mod export;
+mod fault;
 mod monitor;
 mod object;
 mod query;

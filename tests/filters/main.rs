@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod blkdebug;
+mod fault;
 mod throttle;
 
 const MIB: u64 = 1 << 20;

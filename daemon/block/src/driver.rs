@@ -10,6 +10,7 @@
 
 use crate::IoResult;
 use crate::edge::Edge;
+use crate::fault::FaultControl;
 use crate::perm::Perms;
 use crate::reservation::Reservations;
 use buf::IoBuf;
@@ -239,6 +240,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// How the driver is made to fail, where it is one that can be.
+    fn fault_control(&self) -> Option<&dyn FaultControl> {
+        None
+    }
+
     /// The users' permissions are about to become `new`: gets what they need in addition (locks, a writable descriptor)
     /// and keeps what the old ones need, until one of [`Driver::commit_perms`] and [`Driver::abort_perms`] follows.
     fn prepare_perms(&self, new: Perms) -> impl Future<Output = Result<()>> {
@@ -300,6 +306,8 @@ macro_rules! mirror {
             fn commit_perms(&self);
             /// [`Driver::abort_perms`].
             fn abort_perms(&self);
+            /// [`Driver::fault_control`].
+            fn fault_control(&self) -> Option<&dyn FaultControl>;
             /// [`Driver::hears_events`].
             fn hears_events(&self) -> bool;
             /// [`Driver::event`].
@@ -340,6 +348,9 @@ macro_rules! mirror {
             }
             fn abort_perms(&self) {
                 Driver::abort_perms(self);
+            }
+            fn fault_control(&self) -> Option<&dyn FaultControl> {
+                Driver::fault_control(self)
             }
             fn hears_events(&self) -> bool {
                 Driver::hears_events(self)

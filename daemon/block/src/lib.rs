@@ -13,6 +13,7 @@
 //! | [`resource`] | the objects that nodes can name |
 //! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
 //! | [`stats`] | counters of nodes and disks |
+//! | [`fault`] | the facet of a driver that fails on purpose |
 //! | [`throttle`] | limits of throughput, shared by groups of nodes |
 //! | [`clock`] | the time, so that tests can move it |
 //!
@@ -28,6 +29,7 @@ pub mod clock;
 pub mod disk;
 pub mod driver;
 pub mod edge;
+pub mod fault;
 pub mod gate;
 pub mod graph;
 pub mod node;

@@ -6,6 +6,7 @@
 //! | [`raw`] | `raw` |
 //! | [`null`] | `null-co`, `null-aio` |
 //! | [`blkdebug`] | `blkdebug` |
+//! | [`fault`] | `x-fault` |
 //! | [`throttle`] | `throttle` |
 //! | [`filter`] | none: what those share that show the bytes of another node |
 //!
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blkdebug;
+pub mod fault;
 pub mod file;
 pub mod filter;
 pub mod null;
@@ -67,6 +69,9 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),
                 BlockdevDriverOptions::NullCo(null) => boxed(null::open("null-co", null)?),
                 BlockdevDriverOptions::Raw(raw) => boxed(raw::open(cx, raw).await?),
+                BlockdevDriverOptions::XFault(options) => {
+                    boxed(fault::open(cx, Arc::clone(&self.clock), options).await?)
+                }
                 BlockdevDriverOptions::Throttle(throttle) => {
                     boxed(throttle::open(cx, &self.throttle_groups, throttle).await?)
                 }

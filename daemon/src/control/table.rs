@@ -4,7 +4,7 @@ use super::Control;
 use block::driver::LocalFuture;
 use qapi::def::CommandDef;
 use qapi::schema::Schema;
-use qapi::types::{block::*, block_query::*, chardev::*, control::*, export::*, qom::*, reservation::*};
+use qapi::types::{block::*, block_query::*, chardev::*, control::*, export::*, fault::*, qom::*, reservation::*};
 use qapi::{Command, Event, Qapi, Result, Value};
 
 /// A command: what it is, and what carries it out.
@@ -70,6 +70,11 @@ pub const COMMANDS: &[Row] = commands! {
     BlockdevOptions => blockdev_add,
     BlockdevDel => blockdev_del,
     BlockResize => block_resize,
+    XFaultSetRules => x_fault_set_rules,
+    XFaultRelease => x_fault_release,
+    XFaultCrash => x_fault_crash,
+    XFaultRestart => x_fault_restart,
+    XQueryFault => x_query_fault,
     QueryBlock => query_block,
     QueryNamedBlockNodes => query_named_block_nodes,
     QueryBlockstats => query_blockstats,

@@ -4,6 +4,7 @@
 
 use crate::Qapi;
 use crate::types::block_filters::*;
+use crate::types::fault::BlockdevOptionsXFault;
 
 /// What becomes of discard requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
@@ -102,6 +103,9 @@ pub enum BlockdevDriverOptions {
     Raw(BlockdevOptionsRaw),
     /// Limits the throughput of another node.
     Throttle(BlockdevOptionsThrottle),
+    /// A disk with a volatile cache that fails on demand, for tests of durability.
+    #[qapi(unstable)]
+    XFault(BlockdevOptionsXFault),
 }
 
 /// A node, by name or by definition.

@@ -10,6 +10,7 @@ pub mod block_query;
 pub mod chardev;
 pub mod control;
 pub mod export;
+pub mod fault;
 pub mod introspect;
 pub mod qom;
 pub mod reservation;
