@@ -23,7 +23,8 @@ fn only_what_was_flushed_survives_a_kill() {
     assert_eq!(client.simple(cmd::FLUSH, 0, 0, 0), 0);
     assert_eq!(client.write(0, 0, &[2; 8192]), 0);
     assert_eq!(client.read(0, 512), [2; 512]);
-    let held = client.send(&Request { cmd: cmd::WRITE, offset: 65536, len: 512, payload: vec![3; 512], ..Request::default() });
+    let held =
+        client.send(&Request { cmd: cmd::WRITE, offset: 65536, len: 512, payload: vec![3; 512], ..Request::default() });
     let info = tests::wait_for("the write to be held", || {
         let info = qmp.ok("x-query-fault", json!({ "node-name": "d" }));
         (info["held"] == 1).then_some(info)
