@@ -1,11 +1,19 @@
 #!/bin/bash
-# Persistent reservations of the daemon's nodes on real SCSI disks, the daemon without any privilege.
-# run -b OURS:qemu-storage-daemon -b HELPER:qemu-pr-helper t/daemon-pr.sh
+# Persistent reservations of the daemon's nodes on real disks, the daemon without any privilege.
+# run -b OURS:qemu-storage-daemon -b HELPER:qemu-pr-helper t/daemon-pr.sh [scsi|nvme]
 # Before Linux 6.5 everything goes through the helper; from then on the kernel does what it can.
 . /vm/lib/lib.sh
-lio_init
-lio_disk d0 64
-a=$(lio_path 1 d0) b=$(lio_path 2 d0)
+kind=${1:-scsi}
+if [ "$kind" = nvme ]; then
+    configfs
+    nvmet_init || { echo "skip this kernel has no NVMe target reservations"; exit 77; }
+    a=$(nvme_path 1) b=$(nvme_path 2)
+else
+    lio_init
+    lio_disk d0 64
+    a=$(lio_path 1 d0) b=$(lio_path 2 d0)
+fi
+scsi() { [ "$kind" != scsi ] || "$@"; }
 echo "nexus 1: $a, nexus 2: $b, $(uname -r)"
 chmod 666 "$a" "$b"
 install -d -o nobody -g nogroup /tmp/pr
@@ -17,7 +25,7 @@ helper() {
 helper
 IFS=. read -r major minor _ < <(uname -r)
 route=helper
-[ "$major" -gt 6 ] || [ "$major" = 6 ] && [ "${minor%%-*}" -ge 5 ] && route=kernel
+[ $((major * 1000 + ${minor%%-*})) -ge 6005 ] && route=kernel
 setpriv --reuid nobody --regid nogroup --clear-groups --bounding-set=-all --inh-caps=-all qemu-storage-daemon \
     --object pr-manager-helper,id=m,path=/tmp/pr/s \
     --blockdev host_device,node-name=a,filename="$a",pr-manager=m \
@@ -56,20 +64,20 @@ out() { # out TEXT NODE ACTION...: goes the expected way
     check_says "^\{\"route\": \"$route\"\}\$" "$t" pr out "$@"
 }
 check "the manager connects" wait_for 10 connected
-check_says '"persist": true.*"route": "helper"' "capabilities" pr in a report-capabilities
+check_says '"route": "helper", "types": \["write-exclusive", .*"exclusive-access-all-registrants"\]' "capabilities" pr in a report-capabilities
 check_says '"keys": \[\]' "no keys" pr in a read-keys
 out "register 1" a register new-key=161
 out "register 2, through raw" b register new-key=178
 check_says '"keys": \[161, 178\].*"total": 2' "keys" pr in a read-keys
-check_says '0xa1' "sg_persist sees them" p -k "$b"
+scsi check_says '0xa1' "sg_persist sees them" p -k "$b"
 check_says 'conflict' "register 1 again with a wrong key" pr out a register key=9 new-key=10
 out "reserve 1" a reserve key=161 type=write-exclusive
 check_says '"holder": \{"key": 161, "type": "write-exclusive"\}' "reservation" pr in b read-reservation
-check_says 'type: Write Exclusive$' "sg_persist sees it" p -r "$a"
+scsi check_says 'type: Write Exclusive$' "sg_persist sees it" p -r "$a"
 check_says "RESERVE through the $route failed on node 'b': reservation conflict" "reserve 2" pr out b reserve key=178 type=write-exclusive
 check "write 1" wr "$a"
 check_rc 1 "write 2 refused" wr "$b"
-check_says '"initiator": "(sas|fc|iqn)' "full status names the ports" pr in a read-full-status
+scsi check_says '"initiator": "(sas|fc|iqn)' "full status names the ports" pr in a read-full-status
 check_says 'invalid command operation code, sense 5/20/00' "a read-only node changes nothing" pr out ro release key=161 type=write-exclusive
 check_says '"keys": \[161, 178\]' "and reads" pr in ro read-keys
 out "release 1" a release key=161 type=write-exclusive
@@ -88,8 +96,8 @@ else
 fi
 kill $h; wait $h
 check_says '"connected": false' "the helper is missed" sh -c 'for i in 1 2 3 4 5 6 7 8 9; do python3 /tmp/pr.py managers; sleep 0.2; done | tail -1'
-check_says "READ KEYS through the helper failed on node 'a': logical unit communication failure, sense b/08/00 \(Failed to connect to '/tmp/pr/s': " \
-    "without the helper" pr in a read-keys
+check_says "REPORT CAPABILITIES through the helper failed on node 'a': logical unit communication failure, sense b/08/00 \(Failed to connect to '/tmp/pr/s': " \
+    "without the helper" pr in a report-capabilities
 helper
 check "it is back" wait_for 10 connected
 check_says '"keys": \[161, 179\]' "keys" pr in a read-keys
