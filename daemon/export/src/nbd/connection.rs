@@ -75,7 +75,10 @@ enum Pause {
 }
 
 /// Serves `client` until it leaves. `early` are the bytes that came in with the handshake.
-pub(crate) async fn run(stream: Stream, client: Client, session: Session, early: Vec<u8>) {
+///
+/// With `patience` it is this task that looks for the next request before it sleeps. An IOThread does so itself, as its
+/// properties say.
+pub(crate) async fn run(stream: Stream, client: Client, session: Session, early: Vec<u8>, patience: Option<Patience>) {
     stream.raise_buffers(SOCKET_BUFFER);
     let disk = client.export().disk().clone();
     let start = |job: Job| {
@@ -96,7 +99,7 @@ pub(crate) async fn run(stream: Stream, client: Client, session: Session, early:
         slots: Slots::new(),
         out: SendQueue::new(),
         bytes: 0,
-        patience: Patience::new(),
+        patience,
         reading: true,
         start,
     };
@@ -139,7 +142,7 @@ struct Connection<'a, F, S> {
     out: SendQueue,
     /// Bytes that requests in flight may hold.
     bytes: usize,
-    patience: Patience,
+    patience: Option<Patience>,
     /// Whether more requests are taken in.
     reading: bool,
     start: S,
@@ -206,7 +209,9 @@ where
     }
 
     fn received(&mut self, received: std::io::Result<usize>) {
-        self.patience.found(Instant::now);
+        if let Some(patience) = &mut self.patience {
+            patience.found(Instant::now);
+        }
         match received {
             Ok(0) => self.reading = false,
             Ok(count) => self.input.received(count),
@@ -230,7 +235,8 @@ where
 
     /// Whether to look for more rather than to sleep.
     fn is_patient(&mut self) -> bool {
-        self.slots.busy() == 0 && self.out.is_empty() && self.patience.look_again(Instant::now())
+        let Some(patience) = &mut self.patience else { return false };
+        self.slots.busy() == 0 && self.out.is_empty() && patience.look_again(Instant::now())
     }
 
     /// The bytes that have to fit into the buffer at once.

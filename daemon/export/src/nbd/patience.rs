@@ -5,7 +5,8 @@
 //! keeps looking for a short while, letting other tasks of the thread run in between. Where that was in vain it is
 //! tried ever more rarely, so that a slow client, or a machine with too few processors, costs next to nothing.
 //!
-//! Decides about time and does no I/O.
+//! For connections on the server's own thread; how long an IOThread looks for events is told by its properties. Decides
+//! about time and does no I/O.
 
 use std::time::{Duration, Instant};
 

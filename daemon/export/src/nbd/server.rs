@@ -7,6 +7,7 @@
 use super::connection;
 use super::export::{NbdExport, NbdExportOptions};
 use super::negotiate::{self, Exports, Negotiation, Offer, Session, Step};
+use super::patience::Patience;
 use super::wire::MAX_STRING;
 use crate::Export;
 use buf::IoBuf;
@@ -302,13 +303,13 @@ fn hand_over(agreed: Agreed, permit: Option<OwnedSemaphorePermit>, inner: &Inner
     let Some(client) = export.enter(permit) else { return };
     match export.next_thread() {
         None => {
-            tokio::task::spawn_local(connection::run(stream, client, session, early));
+            tokio::task::spawn_local(connection::run(stream, client, session, early, Some(Patience::new())));
         }
         Some(thread) => {
             let socket = stream.into_fd();
             let started = thread.spawn(move || async move {
                 match Stream::new(socket) {
-                    Ok(stream) => connection::run(stream, client, session, early).await,
+                    Ok(stream) => connection::run(stream, client, session, early, None).await,
                     Err(error) => tracing::warn!(target: "nbd_server_accept", %error, "cannot serve an NBD client"),
                 }
             });
