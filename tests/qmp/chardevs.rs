@@ -21,7 +21,7 @@ fn device(qmp: &mut qmp::Client, label: &str) -> Value {
 fn a_device_waits_for_its_first_client() {
     let mut daemon = Setup::new().line("--chardev socket,path=w.sock,server=on,id=c --monitor c --pidfile pid").spawn();
     let stream = wait_for("the socket", || UnixStream::connect(daemon.path("w.sock")).ok());
-    assert!(daemon.stderr().contains("waiting for connection on"), "{}", daemon.stderr());
+    wait_for("its message", || daemon.stderr().contains("waiting for connection on").then_some(()));
     let mut qmp = qmp::Client::over(stream);
     qmp.negotiate();
     qmp.ok("query-version", json!({}));

@@ -39,8 +39,8 @@ fn a_raw_node_over_a_file() {
         "Invalid parameter type for 'file', expected: BlockdevRef"
     );
     assert_eq!(
-        error::<BlockdevOptions>(json!({"driver": "host_device", "filename": "/x", "pr-manager": "p"})),
-        "Parameter 'pr-manager' is unexpected"
+        error::<BlockdevOptions>(json!({"driver": "host_device", "filename": "/x", "nosuch": "p"})),
+        "Parameter 'nosuch' is unexpected"
     );
 }
 
@@ -132,7 +132,8 @@ fn deep_definitions_are_refused_before_they_fill_the_stack() {
         value = Value::Object(map);
     }
     let text = std::thread::Builder::new()
-        .stack_size(1 << 20)
+        // Half of what the daemon's main thread has, without optimisation.
+        .stack_size(4 << 20)
         .spawn(move || error::<BlockdevOptions>(value))
         .expect("a thread")
         .join()
