@@ -14,6 +14,7 @@
 //! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
 //! | [`stats`] | counters of nodes and disks |
 //! | [`fault`] | the facet of a driver that fails on purpose |
+//! | [`overlap`] | serialises requests on the same bytes |
 //! | [`throttle`] | limits of throughput, shared by groups of nodes |
 //! | [`clock`] | the time, so that tests can move it |
 //!
@@ -33,7 +34,7 @@ pub mod fault;
 pub mod gate;
 pub mod graph;
 pub mod node;
-mod overlap;
+pub mod overlap;
 pub mod perm;
 pub mod reservation;
 pub mod resource;

@@ -26,12 +26,12 @@ struct State {
 
 /// The writes in flight on one node.
 #[derive(Default)]
-pub(crate) struct Overlap {
+pub struct Overlap {
     state: Mutex<State>,
 }
 
 /// A place in the list; leaving it lets the next ones go.
-pub(crate) struct Reservation<'a> {
+pub struct Reservation<'a> {
     overlap: &'a Overlap,
     id: u64,
 }

@@ -6,6 +6,7 @@
 //! | [`raw`] | `raw` |
 //! | [`null`] | `null-co`, `null-aio` |
 //! | [`blkdebug`] | `blkdebug` |
+//! | [`copy_on_read`] | `copy-on-read` |
 //! | [`fault`] | `x-fault` |
 //! | [`throttle`] | `throttle` |
 //! | [`filter`] | none: what those share that show the bytes of another node |
@@ -15,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blkdebug;
+pub mod copy_on_read;
 pub mod fault;
 pub mod file;
 pub mod filter;
@@ -64,6 +66,7 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::Blkdebug(options) => {
                     boxed(blkdebug::open(cx, Arc::clone(&self.clock), options).await?)
                 }
+                BlockdevDriverOptions::CopyOnRead(options) => boxed(copy_on_read::open(cx, options).await?),
                 BlockdevDriverOptions::File(file) => boxed(file::open_regular(cx, file).await?),
                 BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(cx, file).await?),
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),

@@ -76,6 +76,12 @@ impl OpenContext<'_> {
         self.graph.resources().reservation_manager(id)
     }
 
+    /// A node that exists or has been opened for the same command.
+    pub fn find(&self, name: &str) -> Option<Arc<Node>> {
+        let opened = self.opened.iter().find(|node| node.name() == name);
+        opened.or_else(|| self.graph.get(name)).cloned()
+    }
+
     async fn open_node(&mut self, options: &BlockdevOptions, inherited: &NodeOptions, root: bool) -> Result<Arc<Node>> {
         let name = self.choose_name(options.node_name.as_deref(), root)?;
         self.options = effective(options, inherited)?;

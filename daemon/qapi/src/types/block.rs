@@ -90,6 +90,8 @@ pub struct BlockdevOptions {
 pub enum BlockdevDriverOptions {
     /// Lets requests fail by rule.
     Blkdebug(BlockdevOptionsBlkdebug),
+    /// Copies what is read from backing files.
+    CopyOnRead(BlockdevOptionsCor),
     /// A regular file.
     File(BlockdevOptionsFile),
     /// A block device or a character device of the host.

@@ -210,3 +210,13 @@ pub struct BlockdevOptionsBlkdebug {
     #[qapi(since = "5.0")]
     pub unshare_child_perms: Option<Vec<BlockPermission>>,
 }
+
+/// Copies what is read from backing files to the node below.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+pub struct BlockdevOptionsCor {
+    /// The node below.
+    pub file: BlockdevRef,
+    /// The name of the lowest node in its chain that data are copied from; all when left out.
+    #[qapi(since = "6.0")]
+    pub bottom: Option<String>,
+}
