@@ -89,14 +89,17 @@ fn what_is_no_device_has_the_sense_that_it_has() {
         read_only["read-only"] = true.into();
         qmp.ok("blockdev-add", add("ro", read_only));
         qmp.ok("blockdev-add", add("raw", json!({"driver": "raw", "file": "d"})));
+        qmp.ok("blockdev-add", add("debug", json!({"driver": "blkdebug", "image": "raw"})));
+        qmp.ok("object-add", json!({"qom-type": "throttle-group", "id": "g"}));
+        qmp.ok("blockdev-add", add("slow", json!({"driver": "throttle", "file": "debug", "throttle-group": "g"})));
         qmp.ok("blockdev-add", add("part", json!({"driver": "raw", "file": "d", "offset": 512})));
         let terminated = "I/O process terminated, sense b/00/06";
         let unknown = "invalid command operation code, sense 5/20/00";
-        for (node, said) in [("d", terminated), ("raw", terminated), ("ro", terminated)] {
+        for (node, said) in [("d", terminated), ("slow", terminated), ("ro", terminated)] {
             let text = qmp.refused("x-block-pr-in", json!({"node-name": node, "action": "read-keys"}));
             assert_eq!(text, format!("READ KEYS through the helper failed on node '{node}': {said}"));
         }
-        for (node, said) in [("d", terminated), ("raw", terminated), ("ro", unknown)] {
+        for (node, said) in [("d", terminated), ("slow", terminated), ("ro", unknown)] {
             let text = qmp.refused("x-block-pr-out", json!({"node-name": node, "action": "clear", "key": 1}));
             assert_eq!(text, format!("CLEAR through the helper failed on node '{node}': {said}"));
         }

@@ -15,6 +15,7 @@ use crate::filter::{self, len_of};
 use block::clock::Clock;
 use block::driver::Prealloc;
 use block::perm::Bits;
+use block::reservation::Reservations;
 use block::{
     BlkdebugEvent, Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags,
 };
@@ -213,6 +214,10 @@ impl Driver for Blkdebug {
 
     async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
         self.image.truncate(size, exact, prealloc).await
+    }
+
+    fn reservations(&self) -> Option<&dyn Reservations> {
+        Some(&*self.image)
     }
 
     fn child_perms(&self, _child: &Edge, of_node: Perms) -> Perms {
