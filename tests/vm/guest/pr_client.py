@@ -5,7 +5,7 @@ DEVICE may be fd:N, a descriptor that is open already.
 pr_client.py SOCKET DEVICE list|keys|reservation|capabilities|status
 pr_client.py SOCKET DEVICE register|reserve|release|clear|preempt|abort|ignore [KEY [NEWKEY [TYPE]]]
 """
-import array, os, socket, struct, sys
+import array, os, socket, struct, sys, time
 
 IN, OUT = 0x5E, 0x5F
 KEYS, RESERVATION, CAPABILITIES, STATUS = range(4)
@@ -29,7 +29,12 @@ class Client:
     def __init__(self, path, features=0):
         self.s = socket.socket(socket.AF_UNIX)
         self.s.settimeout(20)
-        self.s.connect(path)
+        while True:
+            try:
+                self.s.connect(path)
+                break
+            except BlockingIOError:     # X11: the reference has a backlog of one connection
+                time.sleep(.01)
         self.offered = self.read(4)
         if features is not None:
             self.s.sendall(struct.pack(">I", features))
