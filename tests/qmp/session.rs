@@ -317,3 +317,38 @@ fn an_authorisation_without_credentials_is_an_error() {
     assert!(text.contains("tls-authz") || text.contains("nosuch") || text.contains("TLS"), "{text}");
     assert_eq!(qmp.refused("nbd-server-stop", json!({})), "NBD server not running");
 }
+
+#[test]
+fn properties_of_an_iothread_change_while_it_runs() {
+    let daemon = monitored();
+    let mut qmp = daemon.qmp();
+    let given = json!({
+        "qom-type": "iothread", "id": "t", "poll-max-ns": 32768, "poll-grow": 3, "poll-shrink": 4, "aio-max-batch": 5
+    });
+    qmp.ok("object-add", given);
+    let names = ["poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch"];
+    for (name, value) in names.into_iter().zip([32768i64, 3, 4, 5]) {
+        let place = json!({"path": "/objects/t", "property": name});
+        assert_eq!(qmp.ok("qom-get", place.clone()), json!(value));
+        let set = |value: serde_json::Value| json!({"path": "/objects/t", "property": name, "value": value});
+        let text = qmp.refused("qom-set", set(json!(-1)));
+        assert_eq!(text, format!("{name} value must be in range [0, 9223372036854775807]"));
+        let text = qmp.refused("qom-set", set(json!(1.5)));
+        assert_eq!(text, format!("Invalid parameter type for '{name}', expected: integer"));
+        assert_eq!(qmp.ok("qom-get", place.clone()), json!(value), "nothing has changed");
+        for good in [i64::MAX, 1, 0] {
+            qmp.ok("qom-set", set(json!(good)));
+            assert_eq!(qmp.ok("qom-get", place.clone()), json!(good));
+        }
+        let text = qmp.refused("object-add", json!({"qom-type": "iothread", "id": "u", name: -1}));
+        assert_eq!(text, format!("{name} value must be in range [0, 9223372036854775807]"));
+    }
+    let text = qmp.refused("object-add", json!({"qom-type": "iothread", "id": "u", "thread-pool-max": 1i64 << 31}));
+    assert_eq!(text, "bad thread-pool-min/thread-pool-max values");
+    let listed = qmp.ok("qom-list-properties", json!({"typename": "iothread"}));
+    let mut listed: Vec<_> = listed.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
+    listed.sort_unstable();
+    let all =
+        ["aio-max-batch", "poll-grow", "poll-max-ns", "poll-shrink", "thread-pool-max", "thread-pool-min", "type"];
+    assert_eq!(listed, all);
+}

@@ -141,7 +141,9 @@ pub async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static)
         let _ = done.send(f());
     });
     crate::thread::current_pool().execute(job)?;
-    result.await.map_err(|_| io::Error::other("a blocking call was refused a thread or did not end"))
+    let result = result.await.map_err(|_| io::Error::other("a blocking call was refused a thread or did not end"));
+    crate::polling::note_event();
+    result
 }
 
 /// Runs `f` on a pool thread, or here if there is none to be had; for clean-up that must happen.

@@ -14,6 +14,7 @@
 //! future was dropped stays in the slab and its result is discarded.
 
 use crate::fd::Fd;
+use crate::polling::note_event;
 use buf::IoBuf;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::errno::Errno;
@@ -25,6 +26,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll, Waker};
 use tokio::io::unix::AsyncFd;
 
@@ -55,6 +57,8 @@ enum Slot {
 /// The thread's ring.
 pub(crate) struct Ring {
     inner: RefCell<Inner>,
+    /// Operations that gather before a submission, at most; 0 is no limit. Other threads change it.
+    max_batch: Arc<AtomicU32>,
 }
 
 struct Inner {
@@ -109,7 +113,7 @@ impl Ring {
     ///
     /// # Errors
     /// The kernel has no io_uring, forbids it, or lacks an operation that is needed.
-    pub(crate) fn new() -> io::Result<Rc<Self>> {
+    pub(crate) fn new(max_batch: Arc<AtomicU32>) -> io::Result<Rc<Self>> {
         let mut plain = IoUring::builder();
         let mut coop = plain.clone();
         coop.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
@@ -132,10 +136,11 @@ impl Ring {
         }
         let inner =
             Inner { uring, slab: Slab::default(), unsubmitted: VecDeque::new(), in_flight: 0, task: None, dead: false };
-        Ok(Rc::new(Self { inner: RefCell::new(inner) }))
+        Ok(Rc::new(Self { inner: RefCell::new(inner), max_batch }))
     }
 
-    /// Queues an operation, and submits if `max_batch` (unless 0) wait for it then. Its future holds no memory that the kernel uses: it may be dropped at any time.
+    /// Queues an operation, and submits if as many wait for it then as `max_batch` of its file or that of the thread says
+    /// (0: no limit). Its future holds no memory that the kernel uses: it may be dropped at any time.
     ///
     /// # Errors
     /// Gives the request back if the ring cannot take it now.
@@ -163,7 +168,9 @@ impl Ring {
         debug_assert!(pushed.is_ok(), "room was checked");
         inner.unsubmitted.push_back(key);
         let wake = if inner.unsubmitted.len() == 1 { inner.task.take() } else { None };
-        let full = max_batch != 0 && u32::try_from(inner.unsubmitted.len()).unwrap_or(u32::MAX) >= max_batch;
+        let waiting = u32::try_from(inner.unsubmitted.len()).unwrap_or(u32::MAX);
+        let full =
+            [max_batch, self.max_batch.load(Ordering::Relaxed)].into_iter().any(|max| max != 0 && waiting >= max);
         drop(inner);
         if let Some(task) = wake {
             task.wake();
@@ -260,6 +267,7 @@ impl Ring {
         }
         let mut ended = std::mem::take(&mut inner.slab.ended);
         drop(inner);
+        note_event();
         for (waker, hold) in ended.drain(..) {
             drop(hold);
             if let Some(waker) = waker {

@@ -11,6 +11,7 @@
 //! Room to send is only watched for while it is scarce: a unix socket reports it whenever its peer has taken something, which
 //! would wake the thread once more for each reply.
 
+use crate::polling::note_event;
 use crate::send_queue::SendQueue;
 use crate::socket::BoundPath;
 use buf::IoBuf;
@@ -201,7 +202,9 @@ impl Stream {
         }
         // SAFETY: the first `count` entries name memory that `bufs` keep valid, and there are BATCH at most.
         let result = unsafe { libc::readv(self.fd.as_raw_fd(), iov.as_ptr(), count) };
-        usize::try_from(result).map(|n| (n, room)).map_err(|_| Errno::last())
+        let received = usize::try_from(result).map_err(|_| Errno::last())?;
+        note_event();
+        Ok((received, room))
     }
 
     fn poll_send(&self, cx: &mut Context<'_>, queue: &mut SendQueue) -> Poll<io::Result<()>> {

@@ -3,6 +3,7 @@
 //! An [`IoThread`] is a handle; the thread owns its runtime, its ring and its tasks. The process's first thread can become
 //! one as well ([`run_main`]). Nothing in here blocks the loop.
 
+use crate::polling::{Poller, Polling, SharedPolling, note_event};
 use crate::pool::Pool;
 use crate::ring::Ring;
 use crate::writer::Mailbox;
@@ -12,6 +13,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -23,13 +25,17 @@ pub struct Params {
     pub thread_pool_min: usize,
     /// The most threads for blocking calls, at least 1 (`thread-pool-max`).
     pub thread_pool_max: usize,
+    /// How long to look for events before sleeping.
+    pub polling: Polling,
+    /// Operations that gather before they are given to the kernel, at most (`aio-max-batch`); 0 is no limit but the ring's.
+    pub max_batch: u32,
     /// Whether to try io_uring.
     pub ring: RingUse,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { thread_pool_min: 0, thread_pool_max: 64, ring: RingUse::Auto }
+        Self { thread_pool_min: 0, thread_pool_max: 64, polling: Polling::default(), max_batch: 0, ring: RingUse::Auto }
     }
 }
 
@@ -61,6 +67,7 @@ type Start = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 pub struct IoThread {
     name: String,
     pool: Pool,
+    tuning: Tuning,
     ring_error: Option<io::Error>,
     /// Takes new tasks; none once stopped. Held for a push, never across an await.
     tasks: Mutex<Option<mpsc::UnboundedSender<Start>>>,
@@ -77,9 +84,25 @@ impl fmt::Debug for IoThread {
     }
 }
 
+/// What can be changed while the thread runs; clones are handles to the same.
+#[derive(Clone, Debug)]
+struct Tuning {
+    polling: Arc<SharedPolling>,
+    max_batch: Arc<AtomicU32>,
+}
+
+impl Tuning {
+    fn new(params: Params) -> Self {
+        let polling = Arc::<SharedPolling>::default();
+        polling.set(params.polling);
+        Self { polling, max_batch: Arc::new(AtomicU32::new(params.max_batch)) }
+    }
+}
+
 /// What the thread itself knows.
 struct Local {
     ring: Option<Rc<Ring>>,
+    poller: Rc<Poller>,
     pool: Pool,
     mailbox: Arc<Mailbox>,
     handle: Weak<IoThread>,
@@ -108,9 +131,24 @@ pub(crate) fn current_mailbox() -> Option<Arc<Mailbox>> {
     with_local(|local| Arc::clone(&local.mailbox))
 }
 
+/// The poller of the calling thread.
+pub(crate) fn current_poller() -> Option<Rc<Poller>> {
+    with_local(|local| Rc::clone(&local.poller))
+}
+
 fn before_park() {
     if let Some(ring) = current_ring() {
         ring.turn();
+    }
+    // After the ring, which may have found something.
+    if let Some(poller) = current_poller() {
+        poller.before_park();
+    }
+}
+
+fn after_park() {
+    if let Some(poller) = current_poller() {
+        poller.after_park();
     }
 }
 
@@ -122,21 +160,23 @@ struct Loop {
 }
 
 impl Loop {
-    fn new(name: &str, params: Params) -> io::Result<(Self, Option<io::Error>)> {
+    fn new(name: &str, params: Params, tuning: &Tuning) -> io::Result<(Self, Option<io::Error>)> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .thread_name(name)
             .on_thread_park(before_park)
+            .on_thread_unpark(after_park)
             .build_local(LocalOptions::default())?;
         let pool = Pool::new(name, params.thread_pool_min, params.thread_pool_max);
         let (ring, error) = match params.ring {
             RingUse::Off => (None, Some(io::Error::new(io::ErrorKind::Unsupported, "switched off"))),
-            RingUse::Auto => match Ring::new() {
+            RingUse::Auto => match Ring::new(Arc::clone(&tuning.max_batch)) {
                 Ok(ring) => (Some(ring), None),
                 Err(e) => (None, Some(e)),
             },
         };
-        let local = Local { ring, pool: pool.clone(), mailbox: Arc::default(), handle: Weak::new() };
+        let poller = Rc::new(Poller::new(Arc::clone(&tuning.polling)));
+        let local = Local { ring, poller, pool: pool.clone(), mailbox: Arc::default(), handle: Weak::new() };
         LOCAL.with(|place| place.replace(Some(local)));
         Ok((Self { runtime: Some(runtime), pool }, error))
     }
@@ -146,6 +186,9 @@ impl Loop {
         runtime.block_on(async {
             if let Some(mailbox) = current_mailbox() {
                 tokio::task::spawn_local(async move { mailbox.deliver().await });
+            }
+            if let Some(poller) = current_poller() {
+                tokio::task::spawn_local(async move { poller.serve().await });
             }
             if let Some(ring) = current_ring() {
                 tokio::task::spawn_local(async move {
@@ -202,6 +245,7 @@ impl Drop for LiveGuard {
 async fn take_tasks(mut tasks: mpsc::UnboundedReceiver<Start>) {
     let live = Rc::new(Live::default());
     while let Some(start) = tasks.recv().await {
+        note_event();
         let guard = LiveGuard::new(&live);
         let task = start();
         tokio::task::spawn_local(async move {
@@ -225,10 +269,12 @@ impl IoThread {
         let (tasks, new_tasks) = mpsc::unbounded_channel();
         let (alive, ended) = watch::channel(());
         let thread_name = name.to_owned();
+        let tuning = Tuning::new(params);
+        let its_tuning = tuning.clone();
         std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             // Dropped last, when runtime, ring and tasks are gone.
             let _alive = alive;
-            match Loop::new(&thread_name, params) {
+            match Loop::new(&thread_name, params, &its_tuning) {
                 Ok((this, ring_error)) => {
                     let (hand_over, handle) = std::sync::mpsc::channel();
                     if tell.send(Ok((this.pool.clone(), ring_error, hand_over))).is_err() {
@@ -248,7 +294,8 @@ impl IoThread {
         })?;
         let (pool, ring_error, hand_over) =
             told.recv().map_err(|_| io::Error::other("the iothread ended while it started"))??;
-        let this = Arc::new(Self { name: name.to_owned(), pool, ring_error, tasks: Mutex::new(Some(tasks)), ended });
+        let this =
+            Arc::new(Self { name: name.to_owned(), pool, tuning, ring_error, tasks: Mutex::new(Some(tasks)), ended });
         hand_over.send(Arc::downgrade(&this)).map_err(|_| io::Error::other("the iothread ended while it started"))?;
         Ok(this)
     }
@@ -271,6 +318,16 @@ impl IoThread {
     /// Changes `thread-pool-min` and `thread-pool-max`; surplus threads end when idle.
     pub fn set_thread_pool(&self, min: usize, max: usize) {
         self.pool.set_limits(min, max);
+    }
+
+    /// Changes how long the thread looks for events before it sleeps. It holds from the thread's next look on.
+    pub fn set_polling(&self, polling: Polling) {
+        self.tuning.polling.set(polling);
+    }
+
+    /// Changes how many operations gather before they are given to the kernel, at most; 0 is no limit but the ring's.
+    pub fn set_max_batch(&self, max: u32) {
+        self.tuning.max_batch.store(max, Ordering::Relaxed);
     }
 
     /// Runs the future that `start` makes on this thread. `start` itself runs there too, so the future need not be `Send`.
@@ -341,12 +398,14 @@ where
     F: FnOnce(Arc<IoThread>) -> Fut,
     Fut: Future<Output = T>,
 {
-    let (this, ring_error) = Loop::new(name, params)?;
+    let tuning = Tuning::new(params);
+    let (this, ring_error) = Loop::new(name, params, &tuning)?;
     let (tasks, new_tasks) = mpsc::unbounded_channel();
     let (alive, ended) = watch::channel(());
     let handle = Arc::new(IoThread {
         name: name.to_owned(),
         pool: this.pool.clone(),
+        tuning,
         ring_error,
         tasks: Mutex::new(Some(tasks)),
         ended,

@@ -8,6 +8,7 @@
 //! A job owns its buffer and the descriptor; if its future is dropped it is done all the same and the result is discarded.
 
 use crate::fd::Fd;
+use crate::polling::note_event;
 use crate::ring::Request;
 use crate::thread;
 use nix::errno::Errno;
@@ -175,6 +176,9 @@ impl Mailbox {
                 let mut state = lock(&self.state);
                 state.owner = Some(cx.waker().clone());
                 std::mem::swap(&mut letters, &mut state.letters);
+            }
+            if !letters.is_empty() {
+                note_event();
             }
             letters.drain(..).for_each(Waker::wake);
             Poll::<()>::Pending

@@ -121,7 +121,7 @@ const TYPES: &[Type] = &[
     base("object", None),
     plain("container", "object"),
     base("event-loop-base", Some("object")),
-    made_by_users("iothread", "event-loop-base", &[("thread-pool-min", "int"), ("thread-pool-max", "int")]),
+    made_by_users("iothread", "event-loop-base", iothread::PROPERTIES),
     base("pr-manager", Some("object")),
     made_by_users("pr-manager-helper", "pr-manager", &[("path", "string")]),
     made_by_users("throttle-group", "object", throttle_group::PROPERTIES),

@@ -7,12 +7,25 @@ use crate::{Qapi, Value};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
 #[qapi(since = "2.0")]
 pub struct IothreadProperties {
+    /// Requests that gather before they are handed to the kernel, at most; 0, the default, lets the daemon decide.
+    #[qapi(since = "6.1")]
+    pub aio_max_batch: Option<i64>,
     /// Threads that are kept ready for blocking operations.
     #[qapi(since = "7.1")]
     pub thread_pool_min: Option<i64>,
     /// Threads for blocking operations at most.
     #[qapi(since = "7.1")]
     pub thread_pool_max: Option<i64>,
+    /// Nanoseconds to look for events before the thread sleeps, at most; 0 sleeps at once.
+    #[qapi(since = "2.9")]
+    pub poll_max_ns: Option<i64>,
+    /// The factor by which that time grows when a longer look would have caught the event; 0, the default, is 2.
+    #[qapi(since = "2.9")]
+    pub poll_grow: Option<i64>,
+    /// The divisor by which that time shrinks when no look would have; 0, the default, stops looking until a sleep is
+    /// short again.
+    #[qapi(since = "2.9")]
+    pub poll_shrink: Option<i64>,
 }
 
 /// Carries out commands about persistent reservations through a helper process that may do so.
