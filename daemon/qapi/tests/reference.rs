@@ -103,6 +103,7 @@ fn the_schema_fits_into_the_references() {
             "query-block arguments.flat",
             "query-block return[].inserted.children",
             "query-block return[].inserted.image.limits",
+            "query-blockstats return[].driver-specific.driver=x-fault",
         ]
     );
 }
