@@ -7,6 +7,7 @@
 //! | [`null`] | `null-co`, `null-aio` |
 //! | [`blkdebug`] | `blkdebug` |
 //! | [`copy_on_read`] | `copy-on-read` |
+//! | [`blkverify`] | `blkverify` |
 //! | [`fault`] | `x-fault` |
 //! | [`throttle`] | `throttle` |
 //! | [`filter`] | none: what those share that show the bytes of another node |
@@ -16,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blkdebug;
+pub mod blkverify;
 pub mod copy_on_read;
 pub mod fault;
 pub mod file;
@@ -66,6 +68,7 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::Blkdebug(options) => {
                     boxed(blkdebug::open(cx, Arc::clone(&self.clock), options).await?)
                 }
+                BlockdevDriverOptions::Blkverify(options) => boxed(blkverify::open(cx, options).await?),
                 BlockdevDriverOptions::CopyOnRead(options) => boxed(copy_on_read::open(cx, options).await?),
                 BlockdevDriverOptions::File(file) => boxed(file::open_regular(cx, file).await?),
                 BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(cx, file).await?),

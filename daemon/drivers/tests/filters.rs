@@ -96,3 +96,33 @@ fn blkdebug_delays_by_the_clock() {
         assert_eq!(disk.write(0, &buf, WriteFlags::NONE).await, Ok(()));
     });
 }
+
+#[test]
+fn blkverify_writes_both_and_sees_every_difference() {
+    let (test, raw) = (image(2 * SIZE), image(2 * SIZE));
+    let json = json!({
+        "driver": "blkverify", "node-name": "top", "test": { "driver": "file", "filename": test.path() },
+        "raw": { "driver": "file", "filename": raw.path() }
+    });
+    std::fs::write(test.path(), vec![0; 65536]).unwrap();
+    std::fs::write(raw.path(), vec![0; 65536]).unwrap();
+    let (test_path, raw_path) = (test.path().to_owned(), raw.path().to_owned());
+    on_thread(RingUse::Auto, move || async move {
+        let (mut g, _) = graph_with();
+        g.add(&options(&json)).await.unwrap();
+        let disk = attach(&mut g, "top", writer()).await.unwrap();
+        disk.write(1000, &IoBuf::copy_of(&[3; 5000]), WriteFlags::NONE).await.unwrap();
+        disk.flush().await.unwrap();
+        let buf = IoBuf::alloc(8192);
+        disk.read(0, &buf).await.unwrap();
+        assert_eq!(buf.to_vec()[1000..6000], [3; 5000]);
+        // Both have it.
+        assert_eq!(std::fs::read(&test_path).unwrap(), std::fs::read(&raw_path).unwrap());
+        let mut bytes = std::fs::read(&raw_path).unwrap();
+        bytes[5000] = 4;
+        std::fs::write(&raw_path, bytes).unwrap();
+        assert_eq!(disk.read(0, &buf).await, Err(Errno::EIO));
+        assert_eq!(disk.read(5001, &IoBuf::alloc(100)).await, Ok(()));
+        g.detach(disk).await;
+    });
+}

@@ -90,6 +90,8 @@ pub struct BlockdevOptions {
 pub enum BlockdevDriverOptions {
     /// Lets requests fail by rule.
     Blkdebug(BlockdevOptionsBlkdebug),
+    /// Does everything to two nodes and compares.
+    Blkverify(BlockdevOptionsBlkverify),
     /// Copies what is read from backing files.
     CopyOnRead(BlockdevOptionsCor),
     /// A regular file.

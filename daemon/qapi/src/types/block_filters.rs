@@ -220,3 +220,12 @@ pub struct BlockdevOptionsCor {
     #[qapi(since = "6.0")]
     pub bottom: Option<String>,
 }
+
+/// Does everything to two nodes and compares.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+pub struct BlockdevOptionsBlkverify {
+    /// The node that is tested.
+    pub test: BlockdevRef,
+    /// The node with what must come out.
+    pub raw: BlockdevRef,
+}
