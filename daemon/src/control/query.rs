@@ -6,7 +6,7 @@ use block::node::DetectZeroes;
 use block::perm::Bits;
 use block::stats::{Op, Stats};
 use block::{Edge, Node, Role};
-use qapi::Result;
+use qapi::{Error, Result};
 use qapi::types::block::BlockdevDetectZeroesOptions;
 use qapi::types::block_query::*;
 use std::collections::HashMap;
@@ -21,8 +21,16 @@ impl Control {
     pub(super) async fn query_named_block_nodes(&mut self, _: QueryNamedBlockNodes) -> Result<Vec<BlockDeviceInfo>> {
         let nodes: Vec<_> = self.graph.nodes().rev().cloned().collect();
         let mut infos = Vec::with_capacity(nodes.len());
-        for node in nodes {
-            infos.push(device_info(&node).await?);
+        // What the host knows of a file is asked on the pool of threads: a few at a time, so that their waits overlap.
+        for some in nodes.chunks(16) {
+            let asked: Vec<_> = some
+                .iter()
+                .cloned()
+                .map(|node| tokio::task::spawn_local(async move { device_info(&node).await }))
+                .collect();
+            for info in asked {
+                infos.push(info.await.map_err(|error| Error::generic(format!("a query was cut off: {error}")))??);
+            }
         }
         Ok(infos)
     }
