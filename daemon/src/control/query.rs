@@ -6,9 +6,9 @@ use block::node::DetectZeroes;
 use block::perm::Bits;
 use block::stats::{Op, Stats};
 use block::{Edge, Node, Role};
-use qapi::{Error, Result};
 use qapi::types::block::BlockdevDetectZeroesOptions;
 use qapi::types::block_query::*;
+use qapi::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
 
