@@ -17,7 +17,7 @@ pub const PROPERTIES: &[(&str, &str)] = &[
 ];
 
 /// `poll-max-ns` of a thread whose user gives none. QEMU's 32768 applies to memory that it can watch; here it holds for sockets
-/// as well, where it was measured to cost up to 70 % more processor time a request and to gain nothing.
+/// as well, where it was measured to cost up to twice the processor time a request and to gain little at best.
 const DEFAULT_POLL_MAX_NS: i64 = 0;
 
 /// The properties as the user sees them.
