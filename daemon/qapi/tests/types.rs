@@ -86,8 +86,8 @@ fn the_smaller_ones() {
         "the reference says 'null' here"
     );
     assert_eq!(
-        error::<MonitorOptions>(json!({"chardev": "c", "mode": "readline"})),
-        "Parameter 'mode' does not accept value 'readline'"
+        error::<MonitorOptions>(json!({"chardev": "c", "mode": "vc"})),
+        "Parameter 'mode' does not accept value 'vc'"
     );
     assert_eq!(QueryNamedBlockNodes::NAME, "query-named-block-nodes");
     assert!(!read::<QueryNamedBlockNodes>(json!({})).flat);
