@@ -118,7 +118,7 @@ impl Control {
         let drivers = drivers::Drivers::default();
         let objects = object::Objects::new(drivers.throttle_groups.clone());
         Self {
-            graph: Graph::new(Arc::new(drivers)),
+            graph: Graph::new(Arc::new(formats::Formats(drivers))),
             exports: export::Exports::default(),
             objects,
             chardevs: crate::chardev::Chardevs::default(),

@@ -34,6 +34,8 @@ pub struct Graph {
     next: u64,
     next_auto_name: u64,
     resources: Resources,
+    /// Files that images name are opened.
+    implicit_opens: bool,
 }
 
 impl std::fmt::Debug for Graph {
@@ -84,6 +86,7 @@ impl Graph {
             next: 0,
             next_auto_name: 0,
             resources: Resources::default(),
+            implicit_opens: true,
         }
     }
 

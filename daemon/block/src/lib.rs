@@ -7,6 +7,7 @@
 //! | [`edge`] | [`Edge`]: parent → child, with role and permissions; replaced only while nothing is in flight |
 //! | [`disk`] | [`Disk`]: what an export or a job holds: a root edge with a gate, statistics and a write-back setting |
 //! | [`gate`] | [`gate::Gate`]: lets requests in and counts them; a drain closes it and waits for zero |
+//! | [`overlap`] | serialises requests on overlapping bytes |
 //! | [`perm`] | permissions, their combination and the texts of their conflicts |
 //! | [`graph`] | [`Graph`]: the only writer: adds, deletes, resizes, attaches; plan, then drain, then commit |
 //! | [`reservation`] | persistent reservations: what a medium, a manager and a filter do about them |

@@ -2,7 +2,8 @@
 //!
 //! Writes register as ordinary, a read-modify-write as exclusive over the alignment units that it touches. An exclusive one
 //! waits for all overlapping ones that came before it, an ordinary one for the overlapping exclusive ones before it. Each
-//! waits only for older ones, so there is no deadlock. Only nodes with a request alignment above one byte use it.
+//! waits only for older ones, so there is no deadlock as long as nobody waits for a second place while it holds one in the same
+//! list. Of the nodes only those with a request alignment above one byte use it.
 //!
 //! The lock guards the list of requests in flight; never across an await.
 
@@ -24,10 +25,22 @@ struct State {
     list: Vec<Entry>,
 }
 
-/// The writes in flight on one node.
+/// The requests in flight on one node, or on one table of a format.
 #[derive(Default)]
 pub struct Overlap {
     state: Mutex<State>,
+}
+
+impl std::fmt::Debug for Overlap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Overlap").field("in_flight", &self.lock().list.len()).finish()
+    }
+}
+
+impl std::fmt::Debug for Reservation<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reservation").field("id", &self.id).finish()
+    }
 }
 
 /// A place in the list; leaving it lets the next ones go.

@@ -2,6 +2,10 @@
 //!
 //! It keeps to the contract it is given: a request outside its facts panics, so that a test sees the core break its promise.
 
+mod crash;
+
+pub use crash::{CrashDriver, History, Step};
+
 use crate::clock::Clock;
 use crate::driver::{Driver, Facts, LocalFuture, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
 use crate::graph::{Graph, OpenContext, Opener};

@@ -30,8 +30,8 @@ use block::clock::{Clock, SystemClock};
 use block::driver::LocalFuture;
 use block::throttle::Groups;
 use block::{DynDriver, OpenContext, Opener};
-use qapi::Result;
 use qapi::types::block::{BlockdevDriverOptions, BlockdevOptions};
+use qapi::{Error, Result};
 use std::sync::Arc;
 
 /// The table of the drivers of this crate, and the objects that their options name.
@@ -80,6 +80,9 @@ impl Opener for Drivers {
                 }
                 BlockdevDriverOptions::Throttle(throttle) => {
                     boxed(throttle::open(cx, &self.throttle_groups, throttle).await?)
+                }
+                BlockdevDriverOptions::Qcow2(_) => {
+                    return Err(Error::generic("Formats are not among the drivers of this table"));
                 }
             })
         })

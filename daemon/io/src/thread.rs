@@ -108,6 +108,9 @@ struct Local {
     handle: Weak<IoThread>,
 }
 
+/// Bytes of address space for the stack: a request nests once for each node of a chain of backing files.
+const STACK: usize = 16 << 20;
+
 thread_local! {
     static LOCAL: RefCell<Option<Local>> = const { RefCell::new(None) };
 }
@@ -271,7 +274,7 @@ impl IoThread {
         let thread_name = name.to_owned();
         let tuning = Tuning::new(params);
         let its_tuning = tuning.clone();
-        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(move || {
             // Dropped last, when runtime, ring and tasks are gone.
             let _alive = alive;
             match Loop::new(&thread_name, params, &its_tuning) {

@@ -13,6 +13,8 @@ use std::sync::{Arc, OnceLock};
 
 /// The longest node name in bytes; QEMU's limit.
 const MAX_NAME: usize = 31;
+/// Nodes inside each other's options, or named by each other's images, at most: ends chains of images that loop.
+const MAX_NESTING: u32 = 120;
 
 /// The table of drivers: turns the options of a node into a driver.
 pub trait Opener: Send + Sync {
@@ -32,6 +34,7 @@ pub struct OpenContext<'g> {
     /// Common options of the node being opened, as in force: given, inherited or default.
     pub options: NodeOptions,
     children: Vec<Arc<Edge>>,
+    nesting: u32,
     /// All nodes opened so far for this command, children before parents.
     opened: Vec<Arc<Node>>,
 }
@@ -55,11 +58,16 @@ impl OpenContext<'_> {
             },
             BlockdevRef::Definition(options) => {
                 let inherited = inherit(&self.options, role);
+                if self.nesting == MAX_NESTING {
+                    return Err(Error::generic(format!("More than {MAX_NESTING} nodes below each other")));
+                }
+                self.nesting += 1;
                 let outer_options = std::mem::take(&mut self.options);
                 let outer_children = std::mem::take(&mut self.children);
                 let node = Box::pin(self.open_node(options, &inherited, false)).await;
                 self.options = outer_options;
                 self.children = outer_children;
+                self.nesting -= 1;
                 node?
             }
         };
@@ -80,6 +88,19 @@ impl OpenContext<'_> {
     pub fn find(&self, name: &str) -> Option<Arc<Node>> {
         let opened = self.opened.iter().find(|node| node.name() == name);
         opened.or_else(|| self.graph.get(name)).cloned()
+    }
+
+    /// Opens a child that no option names, but the content of an image: the one gate for such openings.
+    ///
+    /// # Errors
+    /// Policy does not allow it (see [`Graph::allow_implicit_opens`]), or the errors of the child's driver.
+    pub async fn implicit_child(&mut self, name: &str, role: Role, child: BlockdevOptions) -> Result<Arc<Edge>> {
+        if !self.graph.implicit_opens {
+            return Err(Error::generic(format!(
+                "Files that an image names are not opened here: give '{name}' as an option"
+            )));
+        }
+        self.child(name, role, &BlockdevRef::Definition(Box::new(child))).await
     }
 
     async fn open_node(&mut self, options: &BlockdevOptions, inherited: &NodeOptions, root: bool) -> Result<Arc<Node>> {
@@ -240,7 +261,12 @@ impl Graph {
         cx.take_in(root).await
     }
 
+    /// Whether files that only an image names (a backing file, a data file) are opened. They are unless this is called.
+    pub fn allow_implicit_opens(&mut self, allow: bool) {
+        self.implicit_opens = allow;
+    }
+
     fn open_context(&mut self, options: NodeOptions) -> OpenContext<'_> {
-        OpenContext { graph: self, options, children: Vec::new(), opened: Vec::new() }
+        OpenContext { graph: self, options, children: Vec::new(), nesting: 0, opened: Vec::new() }
     }
 }

@@ -103,6 +103,8 @@ pub enum BlockdevDriverOptions {
     NullAio(BlockdevOptionsNull),
     /// Nothing, with requests that complete at once.
     NullCo(BlockdevOptionsNull),
+    /// A QCOW2 image.
+    Qcow2(BlockdevOptionsQcow2),
     /// An image without format, or a part of one.
     Raw(BlockdevOptionsRaw),
     /// Limits the throughput of another node.
@@ -120,6 +122,48 @@ pub enum BlockdevRef {
     Definition(Box<BlockdevOptions>),
     /// The name of a node that exists.
     Reference(String),
+}
+
+/// A node, by name or by definition, or none.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(alternate, since = "2.9")]
+pub enum BlockdevRefOrNull {
+    /// A new node.
+    Definition(Box<BlockdevOptions>),
+    /// The name of a node that exists. An empty name is none.
+    Reference(String),
+    /// None, whatever the image names.
+    Null(crate::Null),
+}
+
+/// A QCOW2 image.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+pub struct BlockdevOptionsQcow2 {
+    /// The node with the image.
+    pub file: BlockdevRef,
+    /// The node with what the image does not contain; the one that the image names when left out. The image must name its
+    /// format then.
+    pub backing: Option<BlockdevRefOrNull>,
+    /// Discards of the client reach the file below; those that the node passes when left out.
+    pub pass_discard_request: Option<bool>,
+    /// Clusters that are given up for other reasons are discarded in the file below; false when left out.
+    pub pass_discard_other: Option<bool>,
+    /// Discarded clusters keep their place in the image; false when left out.
+    #[qapi(since = "8.1")]
+    pub discard_no_unref: Option<bool>,
+    /// Bytes of metadata in memory at most, of both kinds together.
+    pub cache_size: Option<i64>,
+    /// Bytes of L2 tables in memory at most; what the image needs, but no more than 32 MiB, when left out.
+    pub l2_cache_size: Option<i64>,
+    /// Bytes of an L2 table that are read at once: a power of two from 512 to the cluster size. The cluster size, but no
+    /// more than 64 KiB, when left out.
+    #[qapi(since = "2.12")]
+    pub l2_cache_entry_size: Option<i64>,
+    /// Bytes of refcount blocks in memory at most; four clusters when left out.
+    pub refcount_cache_size: Option<i64>,
+    /// The node with the guest's data, for an image that keeps them in another file; the one that it names when left out.
+    #[qapi(since = "4.0")]
+    pub data_file: Option<BlockdevRef>,
 }
 
 /// A file or a device of the host.

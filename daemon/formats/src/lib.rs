@@ -1,0 +1,36 @@
+//! Image formats: where the bytes of a guest are in an image.
+//!
+//! | module | format |
+//! | --- | --- |
+//! | [`qcow2`] | QCOW2, versions 2 and 3 |
+//!
+//! A format owns its metadata and the caches of it. It reaches its medium through the edges of the graph alone, keeps no
+//! lock across their I/O, and takes every byte of an image for hostile.
+#![forbid(unsafe_code)]
+
+pub mod qcow2;
+
+use block::driver::LocalFuture;
+use block::{DynDriver, OpenContext, Opener};
+use qapi::Result;
+use qapi::types::block::{BlockdevDriverOptions, BlockdevOptions};
+
+/// The table of the formats of this crate, in front of a table of the other drivers.
+#[derive(Clone, Debug, Default)]
+pub struct Formats<Rest>(pub Rest);
+
+impl<Rest: Opener> Opener for Formats<Rest> {
+    fn open<'a>(
+        &'a self,
+        cx: &'a mut OpenContext<'_>,
+        options: &'a BlockdevOptions,
+    ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>> {
+        match &options.driver {
+            BlockdevDriverOptions::Qcow2(qcow2) => Box::pin(async move {
+                let driver: Box<dyn DynDriver> = Box::new(qcow2::open(cx, qcow2).await?);
+                Ok(driver)
+            }),
+            _ => self.0.open(cx, options),
+        }
+    }
+}

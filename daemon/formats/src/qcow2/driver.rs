@@ -1,0 +1,86 @@
+//! The image as a driver of the graph.
+
+use super::image::Qcow2;
+use block::driver::Prealloc;
+use block::perm::Bits;
+use block::{Driver, Edge, Facts, IoResult, Mapping, Perms, Role, Span, Support, WriteFlags, ZeroFlags};
+use buf::IoBuf;
+use qapi::Result;
+
+impl Driver for Qcow2 {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn facts(&self) -> Facts {
+        let cluster = u32::try_from(self.shape.cluster()).unwrap_or(1 << 21);
+        Facts {
+            zero_align: u32::try_from(self.shape.subcluster()).unwrap_or(cluster),
+            discard_align: cluster,
+            fua: Support::Emulated,
+            zero: if self.shape.version >= 3 { Support::Native } else { Support::None },
+            discard: Support::Native,
+            ..Facts::default()
+        }
+    }
+
+    async fn length(&self) -> IoResult<u64> {
+        Ok(self.length_now())
+    }
+
+    async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
+        let _inside = self.epochs.enter();
+        self.read_guest(at, buf).await
+    }
+
+    async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
+        // With nothing waiting to be written, data over data needs no more than the data to be stable.
+        let direct = flags.fua && self.is_clean();
+        self.write_guest(at, buf, WriteFlags { fua: direct }).await?;
+        if flags.fua && !(direct && self.is_clean()) { self.flush_guest().await } else { Ok(()) }
+    }
+
+    async fn flush(&self) -> IoResult {
+        self.flush_guest().await
+    }
+
+    async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
+        self.zero_guest(span, flags).await?;
+        if flags.fua { self.flush_guest().await } else { Ok(()) }
+    }
+
+    async fn discard(&self, span: Span) -> IoResult {
+        self.discard_guest(span).await
+    }
+
+    async fn map(&self, span: Span, _precise: bool) -> IoResult<Mapping> {
+        let _inside = self.epochs.enter();
+        self.map_guest(span).await
+    }
+
+    async fn truncate(&self, size: u64, _exact: bool, prealloc: Prealloc) -> Result<()> {
+        self.resize(size, prealloc).await
+    }
+
+    /// The image file is ours as long as the node lives: metadata is written without users as well.
+    fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms {
+        let writes = if self.read_only { Bits::NONE } else { Bits::WRITE | Bits::RESIZE };
+        match child.role() {
+            Role::Backing => Perms {
+                need: of_node.need & Bits::CONSISTENT_READ,
+                shared: Bits::CONSISTENT_READ
+                    | Bits::WRITE_UNCHANGED
+                    | if of_node.shared.contains(Bits::WRITE) { Bits::WRITE | Bits::RESIZE } else { Bits::NONE },
+            },
+            _ => Perms {
+                need: Bits::CONSISTENT_READ | writes,
+                shared: (of_node.shared | Bits::CONSISTENT_READ | Bits::WRITE_UNCHANGED)
+                    & !(Bits::WRITE | Bits::RESIZE),
+            },
+        }
+    }
+
+    async fn close(&self) {
+        self.close_image().await;
+    }
+}

@@ -1,0 +1,250 @@
+//! Flushing: the one place that writes metadata, in the order that a crash at any point allows.
+//!
+//! 1. Refcount blocks; behind a barrier the refcount table; behind another the header, if the table has moved. Counts in
+//!    memory are never too low, so these may be written whenever.
+//! 2. A barrier: what L2 entries will name is counted, and data and copies are there.
+//! 3. L2 tables; behind a barrier the L1 table.
+//! 4. A barrier: what is not named any more in memory is not named in the image either. Those clusters may be reused, once
+//!    the requests are over that found them before: only now their counts fall.
+//!
+//! What is written are copies that are taken in the opposite order of the dependencies (unlinked clusters, L1, L2,
+//! refcounts), so that nothing in a copy refers to something that a later copy lacks. Requests go on meanwhile and make
+//! things dirty again. A block counts as written only after the last barrier; after a failure everything is tried again.
+
+use super::bytes::u64_of;
+use super::cache::Copy;
+use super::header::{self, Header};
+use super::image::{Free, Qcow2, lock};
+use super::join::join_all;
+use super::refcount::SECTOR;
+use block::{Edge, IoResult, Span, WriteFlags};
+use buf::IoBuf;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+/// Writes that are in flight at a time.
+const AT_ONCE: usize = 16;
+
+impl Qcow2 {
+    /// Everything that completed before is on stable storage afterwards.
+    pub(super) async fn flush_guest(&self) -> IoResult {
+        if self.is_clean() {
+            // Nobody has unlinked anything either, or it would be dirty.
+            return self.barrier().await;
+        }
+        self.write_out(true).await
+    }
+
+    /// Data, and metadata that has been written, is on stable storage.
+    async fn barrier(&self) -> IoResult {
+        if let Some(data) = &self.data_file {
+            data.flush().await?;
+        }
+        self.file.flush().await
+    }
+
+    /// Writes all dirty metadata. Callers that come while one is at it share the next one's work, unless `now` is false:
+    /// then there is no need for that, someone is making room.
+    pub(super) async fn write_out(&self, now: bool) -> IoResult {
+        let before = self.flushes.load(Ordering::Acquire);
+        let mut turn = self.turn.lock().await;
+        if turn.done > before || (!now && !self.l2.is_crowded() && !self.refs.blocks.is_crowded()) {
+            return Ok(());
+        }
+        let number = self.flushes.fetch_add(1, Ordering::AcqRel) + 1;
+        self.write_in_order().await?;
+        turn.done = number;
+        Ok(())
+    }
+
+    /// The caller has the turn.
+    async fn write_in_order(&self) -> IoResult {
+        let unlinked = std::mem::take(&mut *lock(&self.unlinked));
+        let l1 = self.take_l1();
+        let l2 = self.l2.dirty_copies();
+        let result = self.write_copies(&l1, &l2).await;
+        if result.is_err() {
+            lock(&self.unlinked).extend(unlinked);
+            let mut table = self.l1.write().unwrap_or_else(PoisonError::into_inner);
+            table.dirty.extend(l1.iter().map(|(sector, ..)| *sector));
+            return result;
+        }
+        for copy in &l2 {
+            self.l2.written(copy);
+        }
+        if !unlinked.is_empty() {
+            lock(&self.retired).push((self.epochs.now(), unlinked));
+        }
+        self.reclaim().await;
+        Ok(())
+    }
+
+    /// The dirty sectors of the L1 table: index, place, bytes. They count as clean then.
+    fn take_l1(&self) -> Vec<(u64, u64, Vec<u8>)> {
+        let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
+        let sectors = std::mem::take(&mut l1.dirty);
+        let per_sector = usize::try_from(SECTOR / 8).unwrap_or(64);
+        sectors
+            .into_iter()
+            .filter_map(|sector| {
+                let entries = l1.entries.chunks(per_sector).nth(usize::try_from(sector).ok()?)?;
+                Some((sector, l1.at + sector * SECTOR, entries.iter().flat_map(|e| e.to_be_bytes()).collect()))
+            })
+            .collect()
+    }
+
+    async fn write_copies(&self, l1: &[(u64, u64, Vec<u8>)], l2: &[Copy]) -> IoResult {
+        self.write_refcounts().await?;
+        if l2.is_empty() && l1.is_empty() {
+            return Ok(());
+        }
+        write_all(&self.file, l2.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
+        if !l1.is_empty() {
+            self.file.flush().await?;
+            write_all(&self.file, l1.iter().map(|(_, at, bytes)| (*at, &bytes[..]))).await?;
+        }
+        self.file.flush().await
+    }
+
+    /// Steps 1 and 2.
+    async fn write_refcounts(&self) -> IoResult {
+        // The table first: a block that is new in between is in a later copy of both.
+        let table = self.refs.take_table();
+        let blocks = self.refs.blocks.dirty_copies();
+        let written = async {
+            write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
+            if table.pieces.is_empty() {
+                return Ok(());
+            }
+            self.file.flush().await?;
+            write_all(&self.file, table.pieces.iter().map(|(at, bytes)| (*at, &bytes[..]))).await?;
+            if table.moved {
+                self.file.flush().await?;
+                let clusters = u32::try_from(table.clusters).unwrap_or(u32::MAX);
+                self.set_header(|header| {
+                    header.reftable_at = table.at;
+                    header.reftable_clusters = clusters;
+                })
+                .await?;
+            }
+            Ok(())
+        };
+        let written = async {
+            written.await?;
+            self.barrier().await
+        };
+        let result: IoResult = written.await;
+        if result.is_err() {
+            self.refs.give_back(table);
+            return result;
+        }
+        if table.moved {
+            let old = self.refs.moved(&table);
+            lock(&self.unlinked).push(Free { clusters: old, discard: self.pass_discard.other, table: false });
+        }
+        for copy in &blocks {
+            self.refs.blocks.written(copy);
+        }
+        Ok(())
+    }
+
+    /// Changes the header in the image and makes it stable. The caller has the turn, or nobody else knows the image yet.
+    pub(super) async fn set_header(&self, change: impl FnOnce(&mut Header)) -> IoResult {
+        let mut header = self.header_now();
+        change(&mut header);
+        self.file.write(0, &IoBuf::copy_of(&header.encode()), WriteFlags::NONE).await?;
+        self.file.flush().await?;
+        *lock(&self.header) = header;
+        Ok(())
+    }
+
+    /// Frees what nothing in the image refers to and no request can be using. The caller has the turn.
+    async fn reclaim(&self) {
+        self.epochs.advance();
+        let (over, still): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut *lock(&self.retired)).into_iter().partition(|(epoch, _)| self.epochs.passed(*epoch));
+        lock(&self.retired).extend(still);
+        let mut free: Vec<_> = over.into_iter().flat_map(|(_, free)| free).collect();
+        free.sort_by_key(|free| free.clusters.start);
+        let bits = self.shape.cluster_bits;
+        let mut discards: Vec<Span> = Vec::new();
+        for free in &free {
+            let span = Span::new(free.clusters.start << bits, (free.clusters.end - free.clusters.start) << bits);
+            if free.table {
+                self.l2.forget(span.at..span.end());
+            }
+            for cluster in free.clusters.clone() {
+                // The last reference's discard comes before anybody can claim the cluster.
+                if free.discard && matches!(self.refs.get(cluster, &self.file).await, Ok(1)) {
+                    match discards.last_mut() {
+                        Some(last) if last.end() == cluster << bits => last.len += 1 << bits,
+                        _ => discards.push(Span::new(cluster << bits, 1 << bits)),
+                    }
+                }
+            }
+        }
+        for span in discards {
+            // A hint: what cannot be discarded stays.
+            let _ = self.file.discard(span).await;
+        }
+        for cluster in free.into_iter().flat_map(|free| free.clusters) {
+            if self.refs.release(cluster, &self.file).await.is_err() {
+                // A count that is already 0 would be given away while in use: nothing more is written.
+                self.damage("a refcount is lower than the number of references");
+            }
+        }
+    }
+
+    /// What has to be done once before the first change: features that others must not trust any more are taken back.
+    pub(super) async fn prepare(&self) -> IoResult {
+        self.check_sound()?;
+        if self.prepared.initialized() {
+            return Ok(());
+        }
+        self.prepared
+            .get_or_try_init(|| async {
+                let known = header::BITMAPS | header::RAW_DATA_FILE;
+                if self.header_now().autoclear & !known != 0 {
+                    let _turn = self.turn.lock().await;
+                    self.set_header(|header| header.autoclear &= known).await?;
+                }
+                Ok(())
+            })
+            .await
+            .copied()
+    }
+
+    /// The last flush. Nothing is in flight.
+    pub(super) async fn close_image(&self) {
+        if self.read_only || !self.prepared.initialized() {
+            return;
+        }
+        // Clusters that wait for nobody any more are freed by the second one, which writes their counts.
+        for _ in 0..3 {
+            if self.is_clean() && lock(&self.retired).is_empty() && lock(&self.unlinked).is_empty() {
+                break;
+            }
+            // A failure cannot be told to anybody here; the node has been flushed before, and that could be.
+            if self.write_out(true).await.is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// Writes pieces of metadata, several at a time.
+async fn write_all<'a>(file: &Edge, pieces: impl Iterator<Item = (u64, &'a [u8])>) -> IoResult {
+    let mut batch = Vec::new();
+    let write = |at: u64, bytes: &[u8]| {
+        let buf = IoBuf::copy_of(bytes);
+        async move { file.write(at, &buf, WriteFlags::NONE).await }
+    };
+    for (at, bytes) in pieces {
+        debug_assert!(u64_of(bytes.len()) > 0, "nothing to write");
+        batch.push(write(at, bytes));
+        if batch.len() == AT_ONCE {
+            join_all(std::mem::take(&mut batch)).await?;
+        }
+    }
+    join_all(batch).await
+}

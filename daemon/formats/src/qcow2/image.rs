@@ -1,0 +1,295 @@
+//! [`Qcow2`]: an open image, its state, and how a guest offset becomes a place.
+//!
+//! All state is shared by all threads. Locks guard memory only and are never held across I/O. Requests on the same
+//! clusters that change the mapping are serialised by a reservation; those that write where data already is are not.
+
+use super::bytes::{be64, put64, u64_of, us};
+use super::cache::{Block, Cache};
+use super::entry::{COPIED, Entry, Malformed, OFFSET, Place, Shape};
+use super::epoch::Epochs;
+use super::extensions::Extensions;
+use super::header::Header;
+use super::refcount::{Refcounts, SECTOR};
+use block::overlap::Overlap;
+use block::{Edge, Errno, IoResult};
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use tokio::sync::OnceCell;
+
+/// The active L1 table [qcow2 §Cluster mapping].
+#[derive(Debug, Default)]
+pub(super) struct L1 {
+    pub entries: Vec<u64>,
+    /// Where it is, in bytes.
+    pub at: u64,
+    /// Sectors of it that have to be written.
+    pub dirty: BTreeSet<u64>,
+}
+
+/// Host clusters that nothing refers to any more, as soon as what unlinked them is in the image for good.
+#[derive(Clone, Debug)]
+pub(super) struct Free {
+    pub clusters: Range<u64>,
+    /// The space is given back to the file below.
+    pub discard: bool,
+    /// It was an L2 table, so that slices of it may be cached.
+    pub table: bool,
+}
+
+/// What the options make of discards that are passed to the file below.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PassDiscard {
+    pub request: bool,
+    pub other: bool,
+    /// A discarded cluster stays where it is.
+    pub no_unref: bool,
+}
+
+/// What a flush has to keep in order, see `flush`.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    /// Number of the last flush that succeeded.
+    pub done: u64,
+}
+
+/// An open image.
+#[derive(Debug)]
+pub struct Qcow2 {
+    pub(super) file: Arc<Edge>,
+    pub(super) data_file: Option<Arc<Edge>>,
+    pub(super) backing: Option<Arc<Edge>>,
+    pub(super) shape: Shape,
+    /// Guards the header as it is in the image. Changed by flushes only, one at a time.
+    pub(super) header: Mutex<Header>,
+    pub(super) extensions: Extensions,
+    pub(super) raw_data: bool,
+    pub(super) read_only: bool,
+    pub(super) pass_discard: PassDiscard,
+    /// Length of the guest's disk.
+    pub(super) size: AtomicU64,
+    /// Guards the L1 table; never across an await.
+    pub(super) l1: RwLock<L1>,
+    pub(super) l2: Cache,
+    pub(super) refs: Refcounts,
+    pub(super) epochs: Epochs,
+    /// Guest clusters whose mapping is being changed, in bytes.
+    pub(super) busy: Overlap,
+    /// L1 entries that are being changed, by index.
+    pub(super) tables: Overlap,
+    /// What was unlinked since the last flush. Never across an await.
+    pub(super) unlinked: Mutex<Vec<Free>>,
+    /// What was unlinked before it, and the epoch whose requests may still use it. Never across an await.
+    pub(super) retired: Mutex<Vec<(u64, Vec<Free>)>>,
+    pub(super) turn: tokio::sync::Mutex<Turn>,
+    pub(super) flushes: AtomicU64,
+    /// Done once, before the first change.
+    pub(super) prepared: OnceCell<()>,
+    /// The image has been found damaged: nothing is written to it any more.
+    pub(super) damaged: AtomicBool,
+}
+
+/// Where some guest bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Where {
+    /// They read as zero. The offset is that of the cluster that is reserved for them, if any.
+    Zero(Option<u64>),
+    /// Not in this image: in the backing file, or they read as zero if there is none.
+    Backing,
+    /// At this offset of the file with the data.
+    Data(u64),
+    /// In a compressed cluster.
+    Packed {
+        /// First byte of the compressed data.
+        at: u64,
+        /// Its length at most.
+        len: u64,
+        /// Offset of the bytes in the cluster.
+        skip: u64,
+    },
+}
+
+impl Where {
+    /// What follows `len` bytes of this, if it goes on like this.
+    fn after(self, len: u64) -> Option<Self> {
+        match self {
+            Self::Zero(at) => Some(Self::Zero(at.map(|at| at + len))),
+            Self::Backing => Some(Self::Backing),
+            Self::Data(at) => Some(Self::Data(at + len)),
+            Self::Packed { .. } => None,
+        }
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Qcow2 {
+    /// The file with the guest's data.
+    pub(super) fn data(&self) -> &Arc<Edge> {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    pub(super) fn entry_size(&self) -> u64 {
+        if self.shape.subclusters == 32 { 16 } else { 8 }
+    }
+
+    /// Entries of an L2 table.
+    pub(super) fn l2_entries(&self) -> u64 {
+        self.shape.cluster() / self.entry_size()
+    }
+
+    /// Bytes of the guest's disk that one slice of an L2 table maps.
+    pub(super) fn slice_reach(&self) -> u64 {
+        u64_of(self.l2.unit()) / self.entry_size() * self.shape.cluster()
+    }
+
+    /// Bytes of the guest's disk that one L2 table maps.
+    pub(super) fn l2_reach(&self) -> u64 {
+        self.l2_entries() * self.shape.cluster()
+    }
+
+    /// The L1 entry for `at`; 0 beyond the table.
+    pub(super) fn l1_entry(&self, at: u64) -> u64 {
+        let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);
+        l1.entries.get(us(at / self.l2_reach())).copied().unwrap_or(0)
+    }
+
+    pub(super) fn set_l1_entry(&self, index: u64, value: u64) {
+        let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = l1.entries.get_mut(us(index)) {
+            *entry = value;
+        }
+        l1.dirty.insert(index * 8 / SECTOR);
+    }
+
+    /// Offset of the slice of the table at `table` that maps `at`.
+    fn slice_at(&self, table: u64, at: u64) -> u64 {
+        let index = at / self.shape.cluster() % self.l2_entries();
+        let offset = index * self.entry_size();
+        table + offset / u64_of(self.l2.unit()) * u64_of(self.l2.unit())
+    }
+
+    /// The slice of the L2 table that maps `at`; none if there is no table.
+    pub(super) async fn slice(&self, at: u64) -> IoResult<Option<Arc<Block>>> {
+        let entry = self.l1_entry(at);
+        let table = entry & OFFSET;
+        if table == 0 {
+            return Ok(None);
+        }
+        if !table.is_multiple_of(self.shape.cluster()) {
+            return Err(
+                self.damage(&format!("L2 table offset {table:#x} unaligned (L1 index: {:#x})", at / self.l2_reach()))
+            );
+        }
+        self.l2.get(self.slice_at(table, at), &self.file).await.map(Some)
+    }
+
+    /// Byte offset in its slice of the entry for `at`.
+    pub(super) fn place_in_slice(&self, at: u64) -> usize {
+        let per_slice = u64_of(self.l2.unit()) / self.entry_size();
+        us(at / self.shape.cluster() % per_slice * self.entry_size())
+    }
+
+    /// The entry for `at` in its slice.
+    pub(super) fn entry(&self, slice: &[u8], at: u64) -> Result<Entry, Malformed> {
+        let place = self.place_in_slice(at);
+        let bitmap = if self.shape.subclusters == 32 { be64(slice, place + 8) } else { 0 };
+        Entry::decode(self.shape, be64(slice, place), bitmap)
+    }
+
+    /// Changes the entry for `at` in its slice.
+    pub(super) fn put_entry(&self, slice: &mut [u8], at: u64, entry: Entry) {
+        let place = self.place_in_slice(at);
+        let (word, bitmap) = entry.encode(self.shape);
+        put64(slice, place, word);
+        if self.shape.subclusters == 32 {
+            put64(slice, place + 8, bitmap);
+        }
+    }
+
+    /// Where the bytes from `at` are, and for how many of `len` that holds.
+    pub(super) async fn find(&self, at: u64, len: u64) -> IoResult<(Where, u64)> {
+        let reach = self.slice_reach();
+        let len = len.min(reach - at % reach);
+        let Some(slice) = self.slice(at).await? else { return Ok((Where::Backing, len)) };
+        match slice.look(|bytes| self.find_in(bytes, at, len)) {
+            Ok(found) => Ok(found),
+            Err(Malformed) => Err(self.damage(&format!("L2 entry for guest offset {at:#x} is malformed"))),
+        }
+    }
+
+    fn find_in(&self, slice: &[u8], at: u64, len: u64) -> Result<(Where, u64), Malformed> {
+        let (cluster, unit) = (self.shape.cluster(), self.shape.subcluster());
+        let mut done = 0;
+        let mut first = None;
+        let mut next = None;
+        while done < len {
+            let pos = at + done;
+            let entry = match self.entry(slice, pos) {
+                Err(Malformed) if done > 0 => break,
+                other => other?,
+            };
+            let within = pos % cluster;
+            let bit = 1u32 << (within / unit);
+            // A whole cluster at once where all of it is alike.
+            let alike =
+                [entry.stored, entry.zero, self.shape.all() & !(entry.stored | entry.zero)].contains(&self.shape.all());
+            let step = if alike { cluster - within } else { unit - within % unit }.min(len - done);
+            let found = match entry.place {
+                Place::Packed { at, len } => Where::Packed { at, len, skip: within },
+                Place::Plain { at, .. } if entry.stored & bit != 0 => Where::Data(at + within),
+                Place::Plain { at, .. } if entry.zero & bit != 0 => Where::Zero(Some(at + within)),
+                _ if entry.zero & bit != 0 => Where::Zero(None),
+                _ => Where::Backing,
+            };
+            match first {
+                None => first = Some(found),
+                Some(_) if next == Some(found) => {}
+                Some(_) => break,
+            }
+            next = found.after(step);
+            done += step;
+        }
+        Ok((first.unwrap_or(Where::Backing), done))
+    }
+
+    /// Whether `range` of the guest's disk reads as zero where it is not in this image.
+    pub(super) fn backing_is_zero(&self, range: &Range<u64>) -> bool {
+        self.backing.as_ref().is_none_or(|backing| range.start >= backing.size())
+    }
+
+    /// Notes that the image is damaged; the errno of the request that found it.
+    pub(super) fn damage(&self, what: &str) -> Errno {
+        let _ = what;
+        self.damaged.store(true, std::sync::atomic::Ordering::Release);
+        Errno::EIO
+    }
+
+    /// Whether a host cluster holds metadata that is known without reading: it must never be given away.
+    pub(super) fn is_fixed(&self, cluster: u64) -> bool {
+        let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);
+        let first = l1.at >> self.shape.cluster_bits;
+        let len = u64_of(l1.entries.len() * 8).div_ceil(self.shape.cluster());
+        drop(l1);
+        let header = lock(&self.header);
+        let snapshots = header.snapshots_at >> self.shape.cluster_bits;
+        cluster == 0 || (first..first + len).contains(&cluster) || (header.snapshots > 0 && cluster == snapshots)
+    }
+
+    /// Bit 63 of the L1 entry: the table may be changed in place.
+    pub(super) fn is_own_table(&self, at: u64) -> bool {
+        self.l1_entry(at) & COPIED != 0
+    }
+
+    /// Bytes of the guest's disk.
+    pub(super) fn length_now(&self) -> u64 {
+        self.size.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    pub(super) fn header_now(&self) -> Header {
+        lock(&self.header).clone()
+    }
+}

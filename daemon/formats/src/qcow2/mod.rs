@@ -1,0 +1,38 @@
+//! QCOW2, versions 2 and 3, by the format's specification (docs/interop/qcow2 of QEMU).
+//!
+//! | module | noun |
+//! | --- | --- |
+//! | `header`, `extensions` | the first cluster |
+//! | `entry` | L2 entries, standard and extended |
+//! | `cache` | metadata in memory |
+//! | `image` | an open image; guest offset → place |
+//! | `refcount` | host clusters: counted, claimed, released |
+//! | `epoch` | when an unlinked cluster may be reused |
+//! | `read`, `compress` | reading |
+//! | `write`, `zero`, `resize` | changing |
+//! | `flush` | what is written in which order |
+//! | `snapshot`, `bitmap` | internal snapshots and bitmaps, kept |
+//! | `open`, `driver` | the image in the graph |
+
+mod bitmap;
+mod bytes;
+mod cache;
+mod compress;
+mod driver;
+mod entry;
+mod epoch;
+mod extensions;
+mod flush;
+mod header;
+mod image;
+mod join;
+mod open;
+mod read;
+mod refcount;
+mod resize;
+mod snapshot;
+mod write;
+mod zero;
+
+pub use image::Qcow2;
+pub use open::open;

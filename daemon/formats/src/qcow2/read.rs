@@ -1,0 +1,85 @@
+//! Reading: pieces of a request from wherever they are, several at a time.
+
+use super::bytes::{u64_of, us};
+use super::compress;
+use super::image::{Qcow2, Where};
+use super::join::join_all;
+use block::{Errno, IoResult, Mapping, Span};
+use buf::IoBuf;
+use std::sync::Arc;
+
+/// Pieces of one request that are read at a time.
+const AT_ONCE: usize = 16;
+
+impl Qcow2 {
+    /// Fills `buf` with the guest's bytes from `at`. The caller is inside an epoch.
+    pub(super) async fn read_guest(&self, at: u64, buf: &IoBuf) -> IoResult {
+        let mut done = 0;
+        while done < buf.len() {
+            let mut pieces = Vec::new();
+            while done < buf.len() && pieces.len() < AT_ONCE {
+                let start = at + u64_of(done);
+                let (place, len) = self.find(start, u64_of(buf.len() - done)).await?;
+                let part = buf.slice(done, us(len));
+                done += part.len();
+                // Nearly all requests are one piece.
+                if pieces.is_empty() && done == buf.len() {
+                    return self.read_piece(start, place, part).await;
+                }
+                pieces.push(self.read_piece(start, place, part));
+            }
+            join_all(pieces).await?;
+        }
+        Ok(())
+    }
+
+    async fn read_piece(&self, at: u64, place: Where, buf: IoBuf) -> IoResult {
+        match place {
+            Where::Zero(_) => buf.fill(0),
+            Where::Backing => match &self.backing {
+                Some(backing) => backing.read(at, &buf).await?,
+                None => buf.fill(0),
+            },
+            Where::Data(host) => self.data().read(host, &buf).await?,
+            Where::Packed { at, len, skip } => {
+                let bytes = self.unpack(at, len).await?;
+                buf.write_at(0, bytes.get(us(skip)..).unwrap_or_default());
+            }
+        }
+        Ok(())
+    }
+
+    /// A compressed cluster, unpacked.
+    async fn unpack(&self, at: u64, len: u64) -> IoResult<Vec<u8>> {
+        // Twice a cluster is more than any compressed cluster needs, whatever the descriptor says.
+        if len > 2 * self.shape.cluster() || at >= self.file.size() {
+            return Err(self.damage("compressed cluster descriptor points outside of the image"));
+        }
+        let packed = IoBuf::alloc(us(len));
+        self.file.read(at, &packed).await?;
+        let kind = self.header_now().compression;
+        compress::unpack(kind, &packed.to_vec(), us(self.shape.cluster()))
+    }
+
+    /// What lies at the start of `span`.
+    pub(super) async fn map_guest(&self, span: Span) -> IoResult<Mapping> {
+        if span.len == 0 {
+            return Err(Errno::EINVAL);
+        }
+        let (place, len) = self.find(span.at, span.len).await?;
+        let data = Arc::clone(self.data());
+        let nothing = Mapping { at: None, ..Mapping::hole(len, 0) };
+        Ok(match place {
+            Where::Zero(None) => nothing,
+            Where::Zero(Some(host)) => Mapping { at: Some(host), child: Some(data), ..nothing },
+            Where::Backing => Mapping { allocated: false, zero: self.backing.is_none(), ..nothing },
+            // Holes below are not looked for in a data file, as in the reference: what is stored there is data.
+            Where::Data(host) => {
+                Mapping { child: self.data_file.is_none().then_some(data), ..Mapping::data(len, host) }
+            }
+            Where::Packed { .. } => {
+                Mapping { at: None, encoded: true, ..Mapping::data(len.min(self.shape.cluster()), 0) }
+            }
+        })
+    }
+}

@@ -1,0 +1,380 @@
+//! Refcounts [qcow2 §Host cluster management]: who uses which cluster of the image file, and which are free.
+//!
+//! Owns the refcount table and the cache of refcount blocks. In memory a count is never lower than the number of users
+//! that the image has now or may have after a crash: it rises before a reference is made, and falls (see the flush code)
+//! only when the last reference is gone for good. So blocks may be written at any time, and a crash leaks at most.
+
+use super::bytes::{be16, be32, be64, put32, put64, u64_of, us};
+use super::cache::{Block, Cache};
+use block::{Edge, Errno, IoResult};
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes of the pieces in which tables are written.
+pub const SECTOR: u64 = 512;
+
+/// The refcount table.
+#[derive(Debug, Default)]
+struct Table {
+    /// Offsets of blocks; 0 where there is none.
+    entries: Vec<u64>,
+    /// Where the table is, in bytes.
+    at: u64,
+    /// Sectors of it that have to be written.
+    dirty: BTreeSet<u64>,
+    /// The clusters of the table that the header names.
+    saved: Range<u64>,
+    /// The table has outgrown its place and is to be written anew, at `at`.
+    moved: bool,
+    /// No cluster below this one is free.
+    first_free: u64,
+}
+
+/// What a flush has to write of the table.
+#[derive(Debug, Default)]
+pub struct TableCopy {
+    /// Offset and bytes of pieces.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+    sectors: BTreeSet<u64>,
+    /// The table has a new place, which the header has to name.
+    pub moved: bool,
+    /// Where the table is, in bytes.
+    pub at: u64,
+    /// Length of the table in clusters.
+    pub clusters: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Refcounts {
+    cluster_bits: u32,
+    order: u32,
+    /// Guards the table and serialises allocation. Taken before the lock of a block; never across an await.
+    table: Mutex<Table>,
+    /// Refcount blocks, each a cluster.
+    pub blocks: Cache,
+}
+
+/// A try at something that needs a block.
+enum Try<T> {
+    Done(T),
+    /// This block has to be loaded first.
+    Load(u64),
+    /// The table has to grow to have this many entries.
+    Grow(u64),
+}
+
+impl Refcounts {
+    /// The refcounts with the table whose bytes are `table`, at `at`.
+    pub fn new(cluster_bits: u32, order: u32, at: u64, table: &[u8], cache: u64) -> Self {
+        let entries = table.chunks_exact(8).map(|b| be64(b, 0) & !0x1ff).collect();
+        let first = at >> cluster_bits;
+        let saved = first..first + (u64_of(table.len()) >> cluster_bits);
+        Self {
+            cluster_bits,
+            order,
+            table: Mutex::new(Table { entries, at, saved, first_free: 1, ..Table::default() }),
+            blocks: Cache::new(cache, 1 << cluster_bits),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refcounts in a block.
+    fn per_block(&self) -> u64 {
+        1 << (self.cluster_bits + 3 - self.order)
+    }
+
+    fn read(&self, bytes: &[u8], index: u64) -> u64 {
+        let i = us(index);
+        match self.order {
+            6 => be64(bytes, i * 8),
+            5 => be32(bytes, i * 4).into(),
+            4 => be16(bytes, i * 2).into(),
+            order => {
+                let width = 1u32 << order;
+                let bit = index << order;
+                let byte = bytes.get(us(bit / 8)).copied().unwrap_or(0);
+                u64::from(byte) >> (bit % 8) & ((1 << width) - 1)
+            }
+        }
+    }
+
+    fn write(&self, bytes: &mut [u8], index: u64, value: u64) {
+        let i = us(index);
+        match self.order {
+            6 => put64(bytes, i * 8, value),
+            5 => put32(bytes, i * 4, u32::try_from(value).unwrap_or(u32::MAX)),
+            4 => {
+                if let Some(place) = bytes.get_mut(i * 2..i * 2 + 2) {
+                    place.copy_from_slice(&u16::try_from(value).unwrap_or(u16::MAX).to_be_bytes());
+                }
+            }
+            order => {
+                let width = 1u32 << order;
+                let bit = index << order;
+                let mask = u8::try_from(((1u32 << width) - 1) << (bit % 8)).unwrap_or(0);
+                let value = u8::try_from(value << (bit % 8) & 0xff).unwrap_or(0);
+                if let Some(place) = bytes.get_mut(us(bit / 8)) {
+                    *place = *place & !mask | value & mask;
+                }
+            }
+        }
+    }
+
+    /// Offset of the block with index `index`, 0 if there is none.
+    fn block_at(&self, table: &Table, index: u64) -> IoResult<u64> {
+        let at = table.entries.get(us(index)).copied().unwrap_or(0);
+        if at.is_multiple_of(1 << self.cluster_bits) { Ok(at) } else { Err(Errno::EUCLEAN) }
+    }
+
+    async fn load(&self, index: u64, file: &Edge) -> IoResult<Option<Arc<Block>>> {
+        let at = self.block_at(&self.table(), index)?;
+        if at == 0 { Ok(None) } else { self.blocks.get(at, file).await.map(Some) }
+    }
+
+    /// The refcount of a cluster.
+    ///
+    /// # Errors
+    /// The errno of the read; `EUCLEAN` for a table that is damaged.
+    pub async fn get(&self, cluster: u64, file: &Edge) -> IoResult<u64> {
+        let block = self.load(cluster / self.per_block(), file).await?;
+        Ok(block.map_or(0, |block| block.look(|bytes| self.read(bytes, cluster % self.per_block()))))
+    }
+
+    /// Makes a block for the clusters from `index * per_block`, none of which has one: it takes the first of them.
+    fn new_block(&self, table: &mut Table, index: u64, taken: &dyn Fn(u64) -> bool) -> IoResult {
+        let first = index * self.per_block();
+        // Clusters that are in use have a block, unless the image is damaged.
+        if first == 0 || taken(first) {
+            return Err(Errno::EUCLEAN);
+        }
+        let mut bytes = vec![0; 1 << self.cluster_bits];
+        self.write(&mut bytes, 0, 1);
+        let at = first << self.cluster_bits;
+        self.blocks.put(at, bytes);
+        if let Some(entry) = table.entries.get_mut(us(index)) {
+            *entry = at;
+        }
+        table.dirty.insert(index * 8 / SECTOR);
+        Ok(())
+    }
+
+    /// Claims up to `most` free clusters in a row from the first free one that is not in `taken`.
+    fn try_claim(&self, most: u64, from: Option<u64>, taken: &dyn Fn(u64) -> bool) -> IoResult<Try<Range<u64>>> {
+        let mut table = self.table();
+        let mut cluster = from.unwrap_or(table.first_free).max(1);
+        loop {
+            let (index, within) = (cluster / self.per_block(), cluster % self.per_block());
+            if cluster >= 1 << (56 - self.cluster_bits) {
+                return Err(Errno::EFBIG);
+            }
+            if index >= u64_of(table.entries.len()) {
+                return Ok(Try::Grow(index + 1));
+            }
+            let at = self.block_at(&table, index)?;
+            if at == 0 {
+                self.new_block(&mut table, index, taken)?;
+                continue;
+            }
+            let Some(block) = self.blocks.peek(at) else { return Ok(Try::Load(index)) };
+            let free = |bytes: &[u8], i: u64| {
+                let cluster = index * self.per_block() + i;
+                self.read(bytes, i) == 0 && !self.in_table(&table, cluster) && !taken(cluster)
+            };
+            let run = block.look(|bytes| {
+                let start = (within..self.per_block()).find(|i| free(bytes, *i))?;
+                let end = (start..self.per_block()).take(us(most)).take_while(|i| free(bytes, *i)).last()? + 1;
+                Some(start..end)
+            });
+            let first = index * self.per_block();
+            let Some(run) = run else {
+                if from.is_some() {
+                    return Ok(Try::Done(cluster..cluster));
+                }
+                cluster = first + self.per_block();
+                table.first_free = cluster;
+                continue;
+            };
+            if from.is_some_and(|from| from != first + run.start) {
+                return Ok(Try::Done(cluster..cluster));
+            }
+            let claimed = self.blocks.change(&block, |bytes| {
+                for i in run.clone() {
+                    self.write(bytes, i, 1);
+                }
+            });
+            if claimed.is_none() {
+                return Ok(Try::Load(index));
+            }
+            if from.is_none() {
+                table.first_free = first + run.end;
+            }
+            return Ok(Try::Done(first + run.start..first + run.end));
+        }
+    }
+
+    /// Claims up to `most` free clusters in a row, at least one; their refcounts are 1 then. With `from` the first of them
+    /// is that one, or the result is empty.
+    ///
+    /// # Errors
+    /// The errno of reading a block; `EUCLEAN` for a damaged table; `EFBIG` when no more can be counted.
+    pub async fn claim(
+        &self,
+        most: u64,
+        from: Option<u64>,
+        taken: &dyn Fn(u64) -> bool,
+        file: &Edge,
+    ) -> IoResult<Range<u64>> {
+        loop {
+            match self.try_claim(most, from, taken)? {
+                Try::Done(run) => return Ok(run),
+                Try::Load(index) => drop(self.load(index, file).await?),
+                Try::Grow(entries) => Box::pin(self.grow(entries, taken, file)).await?,
+            }
+        }
+    }
+
+    /// Claims exactly `count` clusters in a row, behind everything else in the file.
+    ///
+    /// # Errors
+    /// As [`Refcounts::claim`].
+    pub async fn claim_row(&self, count: u64, taken: &dyn Fn(u64) -> bool, file: &Edge) -> IoResult<Range<u64>> {
+        let mut start = file.size().div_ceil(1 << self.cluster_bits).max(1);
+        'row: loop {
+            let mut end = start;
+            while end < start + count {
+                let run = self.claim(start + count - end, Some(end), taken, file).await?;
+                if run.is_empty() {
+                    for cluster in start..end {
+                        self.release(cluster, file).await?;
+                    }
+                    start = end + 1;
+                    continue 'row;
+                }
+                end = run.end;
+            }
+            return Ok(start..end);
+        }
+    }
+
+    /// Makes room for `entries` blocks in the table, half more than needed. It is written at its new place by the next
+    /// flush.
+    async fn grow(&self, entries: u64, taken: &dyn Fn(u64) -> bool, file: &Edge) -> IoResult<()> {
+        let per_cluster = 1u64 << (self.cluster_bits - 3);
+        let clusters = (entries + entries / 2).div_ceil(per_cluster);
+        if clusters << self.cluster_bits > super::header::MAX_REFTABLE_BYTES {
+            return Err(Errno::EFBIG);
+        }
+        // Longer in memory first, so that the new place can be counted.
+        let grown = {
+            let mut table = self.table();
+            let enough = u64_of(table.entries.len()) >= clusters * per_cluster;
+            if !enough {
+                table.entries.resize(us(clusters * per_cluster), 0);
+            }
+            !enough
+        };
+        if !grown {
+            return Ok(());
+        }
+        let place = self.claim_row(clusters, taken, file).await?;
+        // A place that was outgrown before it was written is left as a leak: that is too rare to be worth bookkeeping.
+        let mut table = self.table();
+        table.moved = true;
+        table.at = place.start << self.cluster_bits;
+        Ok(())
+    }
+
+    /// Lowers the refcount of a cluster by one; returns what it is then.
+    ///
+    /// # Errors
+    /// The errno of reading the block; `EUCLEAN` if it is 0 already.
+    pub async fn release(&self, cluster: u64, file: &Edge) -> IoResult<u64> {
+        let within = cluster % self.per_block();
+        loop {
+            let Some(block) = self.load(cluster / self.per_block(), file).await? else { return Err(Errno::EUCLEAN) };
+            // The table's lock keeps allocation and this apart.
+            let mut table = self.table();
+            let count = block.look(|bytes| self.read(bytes, within));
+            let new = count.checked_sub(1).ok_or(Errno::EUCLEAN)?;
+            if self.blocks.change(&block, |bytes| self.write(bytes, within, new)).is_some() {
+                if new == 0 {
+                    table.first_free = table.first_free.min(cluster);
+                }
+                return Ok(new);
+            }
+        }
+    }
+
+    /// Whether the table has to be written.
+    pub fn is_table_dirty(&self) -> bool {
+        let table = self.table();
+        !table.dirty.is_empty() || table.moved
+    }
+
+    /// What has to be written of the table; it counts as clean then.
+    pub fn take_table(&self) -> TableCopy {
+        let mut table = self.table();
+        let moved = std::mem::take(&mut table.moved);
+        let sectors = std::mem::take(&mut table.dirty);
+        let encode = |entries: &[u64]| entries.iter().flat_map(|e| e.to_be_bytes()).collect::<Vec<_>>();
+        let per_sector = us(SECTOR / 8);
+        let pieces = if moved {
+            vec![(table.at, encode(&table.entries))]
+        } else {
+            let piece = |sector: &u64| {
+                let entries = table.entries.chunks(per_sector).nth(us(*sector)).unwrap_or_default();
+                (table.at + sector * SECTOR, encode(entries))
+            };
+            sectors.iter().map(piece).collect()
+        };
+        let clusters = u64_of(table.entries.len()) >> (self.cluster_bits - 3);
+        TableCopy { pieces, sectors, moved, at: table.at, clusters }
+    }
+
+    /// The copy could not be written: what it has is dirty as before.
+    pub fn give_back(&self, copy: TableCopy) {
+        let mut table = self.table();
+        table.dirty.extend(copy.sectors);
+        table.moved |= copy.moved;
+    }
+
+    /// The header names the new place of `copy`; returns the clusters of the old one.
+    pub fn moved(&self, copy: &TableCopy) -> Range<u64> {
+        let first = copy.at >> self.cluster_bits;
+        std::mem::replace(&mut self.table().saved, first..first + copy.clusters)
+    }
+
+    /// Whether `cluster` is part of the table as it is now or in the image.
+    fn in_table(&self, table: &Table, cluster: u64) -> bool {
+        let first = table.at >> self.cluster_bits;
+        let len = u64_of(table.entries.len() * 8).div_ceil(1 << self.cluster_bits);
+        (first..first + len).contains(&cluster) || table.saved.contains(&cluster)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_all_widths_are_kept_apart() {
+        for order in 0..=6 {
+            let refs = Refcounts::new(9, order, 0, &[], 4096);
+            let mut bytes = vec![0; 512];
+            let per_block = refs.per_block();
+            let modulus = if order < 4 { 1 << (1 << order) } else { 1000 };
+            assert_eq!(per_block, (512 * 8) >> order);
+            for i in 0..per_block {
+                refs.write(&mut bytes, i, i % modulus);
+            }
+            for i in 0..per_block {
+                assert_eq!(refs.read(&bytes, i), i % modulus, "width 2^{order}, entry {i}");
+            }
+        }
+    }
+}

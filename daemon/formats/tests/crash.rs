@@ -1,0 +1,251 @@
+//! Power loss at any point: what was flushed is there, the image opens, and the reference finds no errors in it, leaks at
+//! most. The medium remembers every write and flush; an image after a crash has all that was flushed and any part, in any
+//! order, of what was not.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "a test")]
+
+mod common;
+
+use block::testing::{CrashDriver, History};
+use block::{Disk, NodeOptions, Span, WriteFlags, ZeroFlags};
+use buf::IoBuf;
+use common::{attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
+use serde_json::json;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+/// Bytes of the blocks whose content is tracked.
+const BLOCK: usize = 2048;
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 16).unwrap() % below
+    }
+}
+
+/// A change of a block: the byte that fills it, and when the change was asked for and acknowledged, in steps.
+struct Change {
+    byte: u8,
+    asked: usize,
+    done: usize,
+}
+
+/// What happened, as the client saw it.
+struct Client {
+    blocks: Vec<Vec<Change>>,
+    /// Flushes: asked for and acknowledged.
+    flushes: Vec<(usize, usize)>,
+}
+
+async fn one(disk: &Disk, history: &History, first: usize, count: usize, kind: usize, byte: u8) -> (usize, usize) {
+    let asked = history.mark(0);
+    let at = u64::try_from(first * BLOCK).unwrap();
+    let span = Span::new(at, u64::try_from(count * BLOCK).unwrap());
+    match kind {
+        0 => disk.zero(span, ZeroFlags { may_unmap: byte.is_multiple_of(2), ..ZeroFlags::default() }).await.unwrap(),
+        1 => disk.discard(span).await.unwrap(),
+        _ => {
+            let buf = IoBuf::alloc(count * BLOCK);
+            buf.fill(byte);
+            disk.write(at, &buf, WriteFlags::NONE).await.unwrap();
+        }
+    }
+    (asked, history.mark(0))
+}
+
+async fn work(disk: &Disk, history: &Arc<History>, client: &mut Client, random: &mut Random, rounds: usize) {
+    let total = client.blocks.len();
+    let mut next = 1u8;
+    for _ in 0..rounds {
+        // Up to six requests on different blocks, and perhaps a flush among them.
+        let mut running = tokio::task::JoinSet::new();
+        let parts = 1 + random.next(6);
+        let window = if random.next(2) == 0 { total } else { total.min(96) };
+        let base = random.next(total - window + 1);
+        for i in 0..parts {
+            let part = window / parts;
+            let from = random.next(part);
+            let count = 1 + random.next((part - from).min(24));
+            let kind = random.next(10);
+            next = next.checked_add(1).unwrap_or(1);
+            let (disk, history, byte, first) = (disk.clone(), Arc::clone(history), next, base + i * part + from);
+            running.spawn_local(async move {
+                let (asked, done) = one(&disk, &history, first, count, kind, byte).await;
+                (
+                    first,
+                    count,
+                    if kind == 0 {
+                        Some(0)
+                    } else if kind == 1 {
+                        None
+                    } else {
+                        Some(byte)
+                    },
+                    asked,
+                    done,
+                )
+            });
+        }
+        if random.next(3) == 0 {
+            let asked = history.mark(1);
+            disk.flush().await.unwrap();
+            client.flushes.push((asked, history.mark(1)));
+        }
+        while let Some(result) = running.join_next().await {
+            let (first, count, byte, asked, done) = result.unwrap();
+            for block in &mut client.blocks[first..first + count] {
+                // A discard leaves the old bytes or zeroes.
+                match byte {
+                    Some(byte) => block.push(Change { byte, asked, done }),
+                    None => {
+                        let old = block.last().unwrap().byte;
+                        block.push(Change { byte: old, asked, done });
+                        block.push(Change { byte: 0, asked, done });
+                        // Undecided for good, so it has to be decided: the tracker reads it back below.
+                    }
+                }
+            }
+        }
+        // What discards made of their blocks.
+        for (i, block) in client.blocks.iter_mut().enumerate() {
+            let [.., old, zero] = &block[..] else { continue };
+            if old.asked == zero.asked && old.done == zero.done {
+                let buf = IoBuf::alloc(BLOCK);
+                disk.read(u64::try_from(i * BLOCK).unwrap(), &buf).await.unwrap();
+                let byte = buf.to_vec()[0];
+                let (asked, done) = (zero.asked, zero.done);
+                if byte != 0 {
+                    block.push(Change { byte, asked, done });
+                }
+            }
+        }
+    }
+}
+
+/// The bytes that a block may have after a crash before step `crash`.
+fn allowed(block: &[Change], flushes: &[(usize, usize)], crash: usize) -> Vec<u8> {
+    let flushed = flushes.iter().filter(|(_, done)| *done < crash).map(|(asked, _)| *asked).max().unwrap_or(0);
+    let durable = block.iter().rposition(|change| change.done <= flushed).unwrap_or(0);
+    // A discard is several entries of one time; each of them is as durable as the others.
+    let time = (block[durable].asked, block[durable].done);
+    let first = block.iter().position(|change| (change.asked, change.done) == time).unwrap_or(durable);
+    block[first..].iter().filter(|change| change.asked <= crash).map(|change| change.byte).collect()
+}
+
+fn survives_crashes(name: &'static str, prepare: impl Fn(&Path, &str), seed: u64, extra: &serde_json::Value) {
+    let dir = folder();
+    prepare(dir.path(), "image");
+    let content = std::fs::read(dir.path().join("image")).unwrap();
+    run(dir.path(), "qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "image", "flat"]);
+    let before = std::fs::read(dir.path().join("flat")).unwrap();
+    let rounds = std::env::var("QCOW2_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(25);
+    let mut node = json!({ "driver": "qcow2", "node-name": "q", "discard": "unmap", "file": "medium" });
+    node.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    let path = dir.path().to_owned();
+    on_thread(move || async move {
+        let local = tokio::task::LocalSet::new();
+        local
+            .run_until(async {
+                let mut graph = graph();
+                let (driver, history) = CrashDriver::open(content);
+                graph.adopt("medium", driver, NodeOptions::default()).await.unwrap();
+                graph.add(&options(&node)).await.unwrap();
+                let disk = attach(&mut graph, "q", true).await;
+                let start = |block: &[u8]| vec![Change { byte: block[0], asked: 0, done: 0 }];
+                let mut client = Client { blocks: before.chunks(BLOCK).map(start).collect(), flushes: Vec::new() };
+                let mut random = Random(seed);
+                work(&disk, &history, &mut client, &mut random, rounds).await;
+                graph.detach(disk).await;
+                graph.close_all().await;
+                let steps = history.steps().len();
+                println!("{name}: {steps} steps, {} flushes", client.flushes.len());
+                for i in 0..40 {
+                    let crash = steps * (i + 1) / 40;
+                    // All, nothing, or some of what was not flushed.
+                    let share = random.next(5);
+                    let mut dice = Random(random.0);
+                    let image = history.image_at(crash, || dice.next(4) < share);
+                    verify(&path, name, &image, &client, crash, &node).await;
+                }
+            })
+            .await;
+    });
+}
+
+async fn verify(dir: &Path, name: &str, image: &[u8], client: &Client, crash: usize, node: &serde_json::Value) {
+    std::fs::write(dir.join("crashed"), image).unwrap();
+    let check =
+        Command::new("qemu-img").args(["check", "-q", "-f", "qcow2", "crashed"]).current_dir(dir).output().unwrap();
+    // 3 is leaks and nothing else.
+    assert!(
+        matches!(check.status.code(), Some(0 | 3)),
+        "{name} at {crash}: {}{}",
+        String::from_utf8_lossy(&check.stdout),
+        String::from_utf8_lossy(&check.stderr)
+    );
+    let mut graph = graph();
+    let (driver, _) = CrashDriver::open(image.to_vec());
+    graph.adopt("medium", driver, NodeOptions { read_only: true, ..NodeOptions::default() }).await.unwrap();
+    let mut node = node.clone();
+    node["read-only"] = json!(true);
+    node["discard"] = json!("ignore");
+    graph.add(&options(&node)).await.unwrap();
+    let disk = attach(&mut graph, "q", false).await;
+    for (i, block) in client.blocks.iter().enumerate() {
+        let buf = IoBuf::alloc(BLOCK);
+        disk.read(u64::try_from(i * BLOCK).unwrap(), &buf).await.unwrap();
+        let allowed = allowed(block, &client.flushes, crash);
+        for (j, byte) in buf.to_vec().into_iter().enumerate() {
+            assert!(
+                allowed.contains(&byte),
+                "{name}: crash at {crash}: block {i} byte {j} is {byte}, and may be {allowed:?}; {:?}",
+                block.iter().map(|c| (c.byte, c.asked, c.done)).collect::<Vec<_>>()
+            );
+        }
+    }
+    graph.detach(disk).await;
+    graph.close_all().await;
+}
+
+fn shape(options: &'static str) -> impl Fn(&Path, &str) {
+    move |dir, image| create(dir, &format!("-o {options} {image} 2M"))
+}
+
+#[test]
+fn fresh_images() {
+    if !has_qemu() {
+        return;
+    }
+    let none = json!({});
+    let tight = json!({ "l2-cache-size": 1024, "refcount-cache-size": 512, "l2-cache-entry-size": 512 });
+    survives_crashes("64k", shape("compat=1.1"), 11, &none);
+    survives_crashes("v2", shape("compat=0.10,cluster_size=4k"), 12, &none);
+    survives_crashes("4k", shape("cluster_size=4k"), 13, &none);
+    survives_crashes("512, small caches", shape("cluster_size=512"), 14, &tight);
+    survives_crashes("extended", shape("extended_l2=on,cluster_size=16k"), 15, &none);
+}
+
+#[test]
+fn images_with_a_past() {
+    if !has_qemu() {
+        return;
+    }
+    let none = json!({});
+    let snapshot = |dir: &Path, image: &str| {
+        create(dir, &format!("-o cluster_size=4k {image} 2M"));
+        qemu_io(dir, image, &["write -P 201 0 1M"]);
+        run(dir, "qemu-img", &["snapshot", "-c", "one", image]);
+    };
+    survives_crashes("snapshot", snapshot, 21, &none);
+    let compressed = |dir: &Path, image: &str| {
+        create(dir, "source 2M");
+        qemu_io(dir, "source", &["write -P 202 0 2M"]);
+        run(dir, "qemu-img", &["convert", "-c", "-O", "qcow2", "source", image]);
+    };
+    survives_crashes("compressed", compressed, 22, &none);
+}
