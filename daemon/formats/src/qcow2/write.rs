@@ -64,6 +64,7 @@ impl Qcow2 {
             if let Some(run) = self.run_of(at, at + len).await?
                 && let Way::InPlace(host) = run.way
             {
+                self.check_host(host)?;
                 let part = buf.slice(0, us(run.bytes.end - at));
                 self.data().write(host, &part, flags).await?;
                 return Ok(part.len());
@@ -81,6 +82,16 @@ impl Qcow2 {
             let written = self.allocate(run, buf).await;
             drop(held);
             return written;
+        }
+    }
+
+    /// Refuses to write guest data where a damaged L2 entry would have it: over metadata, or far behind the end.
+    fn check_host(&self, host: u64) -> IoResult {
+        let start = host - host % self.shape.cluster();
+        if self.data_file.is_some() || (start < self.file.size() && !self.is_fixed(start >> self.shape.cluster_bits)) {
+            Ok(())
+        } else {
+            Err(self.damage("an L2 entry names metadata, or a place behind the end of the image"))
         }
     }
 
@@ -205,7 +216,10 @@ impl Qcow2 {
         // Bytes of the host from here on have never been written.
         let mut virgin = u64::MAX;
         let host = match run.way {
-            Way::InPlace(host) | Way::Reuse(host) => host - (run.bytes.start - start),
+            Way::InPlace(host) | Way::Reuse(host) => {
+                self.check_host(host)?;
+                host - (run.bytes.start - start)
+            }
             Way::Fresh if self.data_file.is_some() => start,
             Way::Fresh => {
                 virgin = self.file.size();
