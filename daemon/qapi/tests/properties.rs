@@ -113,8 +113,21 @@ fn survives<T: Object>(entropy: &[u32]) {
     assert_eq!(written.to_string(), again.to_string());
 }
 
+/// Whether a null stands anywhere: the command line has no way to write one.
+fn has_null(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Object(map) => map.values().any(has_null),
+        Value::Array(list) => list.iter().any(has_null),
+        _ => false,
+    }
+}
+
 fn reads_alike<T: Object>(entropy: &[u32]) {
     let value = value_of(T::def(), &mut Entropy(entropy.iter()), true, 0);
+    if has_null(&value) {
+        return;
+    }
     let from_json = T::from_value(&value).unwrap_or_else(|e| panic!("{value}: {e}")).to_value();
     let mut pairs = Vec::new();
     as_text(&value, "", &mut pairs);
