@@ -106,6 +106,8 @@ pub struct Control {
     objects: object::Objects,
     chardevs: crate::chardev::Chardevs,
     events: Events,
+    /// Turns what nodes and exports report into events.
+    reports: tokio::task::JoinHandle<()>,
     handle: Handle,
     inbox: mpsc::UnboundedReceiver<Message>,
     quit: bool,
@@ -117,8 +119,10 @@ impl Control {
         let (sender, inbox) = mpsc::unbounded_channel();
         let drivers = drivers::Drivers::default();
         let objects = object::Objects::new(drivers.throttle_groups.clone());
+        let graph = Graph::new(Arc::new(formats::Formats(drivers)));
         Self {
-            graph: Graph::new(Arc::new(formats::Formats(drivers))),
+            reports: events.tell_reports(graph.reporter().clone()),
+            graph,
             exports: export::Exports::default(),
             objects,
             chardevs: crate::chardev::Chardevs::default(),
@@ -180,5 +184,7 @@ impl Control {
         self.close_exports().await;
         self.graph.close_all().await;
         self.close_objects().await;
+        self.reports.abort();
+        self.events.flush_reports(self.graph.reporter());
     }
 }

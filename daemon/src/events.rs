@@ -3,6 +3,7 @@
 //! `emit` never waits: each subscriber has a queue of its own and bounds it by itself. Kinds of events whose rate is limited
 //! go through one throttle, whatever the number of monitors. Lives on the main thread.
 
+use block::{Report, Reporter};
 use qapi::Value;
 use qmp::{Event, Throttle};
 use std::cell::RefCell;
@@ -43,15 +44,54 @@ impl Default for Events {
 impl Events {
     /// Tells all subscribers, now or when the limit on this kind of event allows it. Must be called from a local task.
     pub fn emit<E: qapi::Event>(&self, event: &E) {
+        self.emit_of(SystemTime::now(), event);
+    }
+
+    /// The same of something that happened at `time`.
+    fn emit_of<E: qapi::Event>(&self, time: SystemTime, event: &E) {
         let data = match event.to_value() {
             Value::Object(members) => members,
             _ => qapi::Map::new(),
         };
-        let event = Event { name: E::NAME, timestamp: SystemTime::now().into(), data };
+        let event = Event { name: E::NAME, timestamp: time.into(), data };
         let passed = self.shared.throttle.borrow_mut().offer(event, self.shared.now());
         match passed {
             Some(event) => self.shared.deliver(&event),
             None => self.start_timer(),
+        }
+    }
+
+    /// Tells all subscribers what drivers and exports report, for as long as the task that is returned runs.
+    pub fn tell_reports(&self, reporter: Reporter) -> tokio::task::JoinHandle<()> {
+        let events = self.clone();
+        tokio::task::spawn_local(async move {
+            let mut known_lost = 0;
+            loop {
+                let (time, report) = reporter.next().await;
+                events.emit_report(time, &report);
+                let lost = reporter.lost();
+                if lost > known_lost {
+                    tracing::warn!(target: "block_reports_lost", lost, "events of block nodes are lost: too many at once");
+                    known_lost = lost;
+                }
+            }
+        })
+    }
+
+    /// Tells all subscribers what is waiting to be told, before what the caller says next.
+    pub fn flush_reports(&self, reporter: &Reporter) {
+        while let Some((time, report)) = reporter.try_next() {
+            self.emit_report(time, &report);
+        }
+    }
+
+    fn emit_report(&self, time: SystemTime, report: &Report) {
+        match report {
+            Report::ImageCorrupted(event) => self.emit_of(time, event),
+            Report::IoError(event) => self.emit_of(time, event),
+            Report::QuorumFailure(event) => self.emit_of(time, event),
+            Report::QuorumReportBad(event) => self.emit_of(time, event),
+            Report::WriteThreshold(event) => self.emit_of(time, event),
         }
     }
 
@@ -108,14 +148,10 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qapi::Qapi;
+    use qapi::types::block_event::QuorumFailure;
 
-    /// Stands for the event of the same name.
-    #[derive(Debug, Clone, PartialEq, Qapi)]
-    #[qapi(event = "QUORUM_FAILURE")]
-    struct QuorumFailure {
-        /// Tells the events apart.
-        reference: String,
+    fn failure(reference: &str) -> QuorumFailure {
+        QuorumFailure { reference: reference.into(), sector_num: 0, sectors_count: 1 }
     }
 
     #[tokio::test(start_paused = true)]
@@ -127,7 +163,7 @@ mod tests {
                 let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
                 let subscription = events.subscribe(move |event| sender.send(event.data.clone()).expect("a listener"));
                 for reference in ["first", "second", "third"] {
-                    events.emit(&QuorumFailure { reference: reference.into() });
+                    events.emit(&failure(reference));
                 }
                 let start = Instant::now();
                 assert_eq!(told.recv().await.expect("an event")["reference"], "first");
@@ -135,8 +171,28 @@ mod tests {
                 assert_eq!(told.recv().await.expect("an event")["reference"], "third");
                 assert!(start.elapsed() >= Duration::from_secs(1));
                 drop(subscription);
-                events.emit(&QuorumFailure { reference: "nobody listens".into() });
+                events.emit(&failure("nobody listens"));
                 assert_eq!(told.recv().await, None);
+            })
+            .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_any_thread_reports_is_told() {
+        let local = tokio::task::LocalSet::new();
+        local
+            .run_until(async {
+                let events = Events::default();
+                let reporter = Reporter::default();
+                let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
+                let _subscription = events.subscribe(move |event| sender.send(event.clone()).expect("a listener"));
+                let task = events.tell_reports(reporter.clone());
+                let other = reporter.clone();
+                let thread = std::thread::spawn(move || other.report(Report::QuorumFailure(failure("q"))));
+                let event = told.recv().await.expect("an event");
+                assert_eq!((event.name, event.data["reference"].as_str()), ("QUORUM_FAILURE", Some("q")));
+                thread.join().expect("a thread that ends");
+                task.abort();
             })
             .await;
     }

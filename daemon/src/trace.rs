@@ -16,6 +16,7 @@ use tracing::{Event, Level, Metadata, Subscriber, span};
 
 /// All events: name, and what it tells.
 pub const EVENTS: &[(&str, &str)] = &[
+    ("block_reports_lost", "more events of block nodes came at once than are kept (always shown)"),
     ("chardev_client_lost", "a character device cannot take a client (always shown)"),
     ("chardev_unable_to_connect", "a character device cannot connect and will try again (always shown)"),
     ("control_command", "a command is carried out"),

@@ -9,6 +9,7 @@ use crate::edge::{Edge, Parent, Role};
 use crate::gate::{Entered, Gate};
 use crate::node::Node;
 use crate::perm::Perms;
+use crate::report::Reporter;
 use crate::stats::{Op, Stats};
 use crate::status::{self, Status};
 use crate::{Facts, IoResult};
@@ -38,6 +39,7 @@ pub(crate) struct Inner {
     pub gate: Gate,
     pub label: String,
     writethrough: bool,
+    reporter: Reporter,
     stats: Stats,
     /// Guards the listeners. Control task and set-up only, never across an await.
     on_resize: Mutex<Vec<OnResize>>,
@@ -64,12 +66,13 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub(crate) fn new(node: Arc<Node>, options: &DiskOptions) -> Self {
+    pub(crate) fn new(node: Arc<Node>, options: &DiskOptions, reporter: Reporter) -> Self {
         let inner = Arc::new_cyclic(|me| Inner {
             edge: Arc::new(Edge::new("root", Role::Root, node, Parent::Disk(me.clone()))),
             gate: Gate::default(),
             label: options.label.clone(),
             writethrough: options.writethrough,
+            reporter,
             stats: Stats::default(),
             on_resize: Mutex::default(),
         });
@@ -94,6 +97,11 @@ impl Disk {
     /// What this user needs and shares.
     pub fn perms(&self) -> Perms {
         self.inner.edge.perms()
+    }
+
+    /// Where the user reports what clients are to be told, such as requests that failed.
+    pub fn reporter(&self) -> &Reporter {
+        &self.inner.reporter
     }
 
     /// Counters of this user's requests.

@@ -14,6 +14,7 @@ use crate::driver::Prealloc;
 use crate::edge::{Edge, Parent};
 use crate::node::Node;
 use crate::perm::{Bits, Perms};
+use crate::report::Reporter;
 use crate::resource::Resources;
 use qapi::{Error, Result};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -34,6 +35,8 @@ pub struct Graph {
     next: u64,
     next_auto_name: u64,
     resources: Resources,
+    /// Where nodes and their users report to.
+    reporter: Reporter,
     /// Files that images name are opened.
     implicit_opens: bool,
 }
@@ -86,8 +89,14 @@ impl Graph {
             next: 0,
             next_auto_name: 0,
             resources: Resources::default(),
+            reporter: Reporter::default(),
             implicit_opens: true,
         }
+    }
+
+    /// Where nodes and their users report what clients are to be told; the daemon fetches from it.
+    pub fn reporter(&self) -> &Reporter {
+        &self.reporter
     }
 
     /// The objects that nodes can name.
@@ -189,7 +198,7 @@ impl Graph {
     /// # Errors
     /// Its permissions conflict with those of others, or a driver cannot get what they need. Nothing has changed then.
     pub async fn attach(&mut self, node: &Arc<Node>, options: &DiskOptions) -> Result<Disk> {
-        let disk = Disk::new(Arc::clone(node), options);
+        let disk = Disk::new(Arc::clone(node), options, self.reporter.clone());
         link(&disk.inner.edge);
         let plan = permissions::plan(std::slice::from_ref(node), &[(Arc::clone(&disk.inner.edge), options.perms)]);
         let done = match plan {

@@ -10,12 +10,12 @@
 //! | [`overlap`] | serialises requests on overlapping bytes |
 //! | [`perm`] | permissions, their combination and the texts of their conflicts |
 //! | [`graph`] | [`Graph`]: the only writer: adds, deletes, resizes, attaches; plan, then drain, then commit |
+//! | [`report`] | what drivers and exports report to the daemon, for the events of its clients |
 //! | [`reservation`] | persistent reservations: what a medium, a manager and a filter do about them |
 //! | [`resource`] | the objects that nodes can name |
 //! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
 //! | [`stats`] | counters of nodes and disks |
 //! | [`fault`] | the facet of a driver that fails on purpose |
-//! | [`overlap`] | serialises requests on the same bytes |
 //! | [`throttle`] | limits of throughput, shared by groups of nodes |
 //! | [`clock`] | the time, so that tests can move it |
 //!
@@ -37,6 +37,7 @@ pub mod graph;
 pub mod node;
 pub mod overlap;
 pub mod perm;
+pub mod report;
 pub mod reservation;
 pub mod resource;
 pub mod stats;
@@ -53,6 +54,8 @@ pub use graph::{Graph, OpenContext, Opener};
 pub use nix::errno::Errno;
 pub use node::{Node, NodeOptions};
 pub use perm::Perms;
+pub use report::{Report, Reporter};
+
 pub use qapi::types::block_filters::BlkdebugEvent;
 
 /// Result of a request: the data path carries an errno and nothing else.

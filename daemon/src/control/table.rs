@@ -4,7 +4,9 @@ use super::Control;
 use block::driver::LocalFuture;
 use qapi::def::CommandDef;
 use qapi::schema::Schema;
-use qapi::types::{block::*, block_query::*, chardev::*, control::*, export::*, fault::*, qom::*, reservation::*};
+use qapi::types::{
+    block::*, block_event::*, block_query::*, chardev::*, control::*, export::*, fault::*, qom::*, reservation::*,
+};
 use qapi::{Command, Event, Qapi, Result, Value};
 
 /// A command: what it is, and what carries it out.
@@ -93,8 +95,15 @@ pub const COMMANDS: &[Row] = commands! {
 };
 
 /// All events.
-pub const EVENTS: &[fn() -> &'static qapi::def::EventDef] =
-    &[<BlockExportDeleted as Event>::event, <PrManagerStatusChanged as Event>::event];
+pub const EVENTS: &[fn() -> &'static qapi::def::EventDef] = &[
+    <BlockExportDeleted as Event>::event,
+    <BlockImageCorrupted as Event>::event,
+    <BlockIoError as Event>::event,
+    <BlockWriteThreshold as Event>::event,
+    <PrManagerStatusChanged as Event>::event,
+    <QuorumFailure as Event>::event,
+    <QuorumReportBad as Event>::event,
+];
 
 /// The command of that name.
 pub fn find(name: &str) -> Option<&'static Row> {

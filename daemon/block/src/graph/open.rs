@@ -4,6 +4,7 @@ use super::{Graph, link, permissions, unlink_children};
 use crate::driver::{DynDriver, LocalFuture};
 use crate::edge::{Edge, Parent, Role};
 use crate::node::{DetectZeroes, Node, NodeOptions};
+use crate::report::Reporter;
 use crate::reservation::ManagerUse;
 use nix::errno::Errno;
 use qapi::opts::is_identifier;
@@ -31,6 +32,8 @@ pub trait Opener: Send + Sync {
 /// What a driver gets to open itself with.
 pub struct OpenContext<'g> {
     graph: &'g mut Graph,
+    /// The name that the node being opened will have.
+    name: Arc<str>,
     /// Common options of the node being opened, as in force: given, inherited or default.
     pub options: NodeOptions,
     children: Vec<Arc<Edge>>,
@@ -62,9 +65,11 @@ impl OpenContext<'_> {
                     return Err(Error::generic(format!("More than {MAX_NESTING} nodes below each other")));
                 }
                 self.nesting += 1;
+                let outer_name = Arc::clone(&self.name);
                 let outer_options = std::mem::take(&mut self.options);
                 let outer_children = std::mem::take(&mut self.children);
                 let node = Box::pin(self.open_node(options, &inherited, false)).await;
+                self.name = outer_name;
                 self.options = outer_options;
                 self.children = outer_children;
                 self.nesting -= 1;
@@ -74,6 +79,16 @@ impl OpenContext<'_> {
         let edge = Arc::new(Edge::new(name, role, node, Parent::Node(OnceLock::new())));
         self.children.push(Arc::clone(&edge));
         Ok(edge)
+    }
+
+    /// The name of the node that is being opened, for its reports.
+    pub fn node_name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+
+    /// Where the driver reports what clients are to be told, from any thread.
+    pub fn reporter(&self) -> Reporter {
+        self.graph.reporter.clone()
     }
 
     /// The manager of persistent reservations of that id.
@@ -105,6 +120,7 @@ impl OpenContext<'_> {
 
     async fn open_node(&mut self, options: &BlockdevOptions, inherited: &NodeOptions, root: bool) -> Result<Arc<Node>> {
         let name = self.choose_name(options.node_name.as_deref(), root)?;
+        self.name = name.as_str().into();
         self.options = effective(options, inherited)?;
         let opener = Arc::clone(&self.graph.opener);
         let driver = opener.open(self, options).await?;
@@ -267,6 +283,6 @@ impl Graph {
     }
 
     fn open_context(&mut self, options: NodeOptions) -> OpenContext<'_> {
-        OpenContext { graph: self, options, children: Vec::new(), nesting: 0, opened: Vec::new() }
+        OpenContext { graph: self, name: "".into(), options, children: Vec::new(), nesting: 0, opened: Vec::new() }
     }
 }
