@@ -55,6 +55,8 @@ pub enum Message {
     },
     /// The export with this id has no client and no request left.
     ExportClosed(String),
+    /// An export asks for another length of its node.
+    ExportResize(export::ExportResize),
     /// A manager of persistent reservations has connected to its helper, or lost it.
     PrManagerStatus {
         /// The object.
@@ -161,6 +163,7 @@ impl Control {
                 Err(error) => drop(reply.send(Err(error))),
             },
             Message::PrManagerStatus { id, connected } => self.pr_manager_status(id, connected),
+            Message::ExportResize(wish) => self.export_resize(wish).await,
             Message::ExportClosed(id) => self.export_closed(&id).await,
             Message::Shutdown => self.quit = true,
         }

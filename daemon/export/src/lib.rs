@@ -1,16 +1,76 @@
-//! Exports of block nodes: ways in which other programs use them. Today NBD.
+//! Exports of block nodes: ways in which other programs use them.
 //!
-//! An export holds a [`block::Disk`], which the control task attached for it and detaches when the export has closed. What
-//! this crate must not do: change the graph, or know QMP commands.
+//! | module | kind |
+//! | --- | --- |
+//! | [`nbd`] | NBD clients, over sockets |
+//!
+//! The control task makes an export in three steps: the [`ExportDriver`] of its kind says what it needs of the node, the
+//! control task attaches a [`block::Disk`] with that, and the driver starts the export on it. It ends in two: it is asked to
+//! shut down, and when its last client has gone the control task takes the disk back. What this crate must not do: change
+//! the graph, or know QMP commands.
 #![forbid(unsafe_code)]
 
 pub mod nbd;
 
-use block::Disk;
+use block::driver::LocalFuture;
+use block::{Disk, IoResult, Perms};
+use io::IoThread;
+use qapi::Result;
 use std::pin::Pin;
+use std::sync::Arc;
 
 /// Resolves when an export is closed; needs not the export to live.
 pub type Closed = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Resolves when the control task has set the length of a node, or could not.
+pub type Resized = Pin<Box<dyn Future<Output = IoResult> + Send>>;
+
+/// How an export asks for another length of its node: the control task does it, for all who use the node.
+pub trait Resize: Send + Sync {
+    /// Sets the length, in bytes. With `grow_only` a node that is as long already stays as it is.
+    ///
+    /// Resolves with the errno of the node. Must not be awaited by a request that is inside a [`Disk`], as that is drained,
+    /// nor by what an export waits for before it says that it has closed.
+    fn resize(&self, size: u64, grow_only: bool) -> Resized;
+}
+
+/// What an export of any kind is started with.
+pub struct ExportParams {
+    /// By which it is removed.
+    pub id: String,
+    /// Clients may write.
+    pub writable: bool,
+    /// What is exported. Write-through is a property of the disk.
+    pub disk: Disk,
+    /// The threads that the user named for it, in order and perhaps none.
+    pub threads: Vec<Arc<IoThread>>,
+    /// How to ask for another length.
+    pub resize: Arc<dyn Resize>,
+}
+
+impl ExportParams {
+    /// The threads to serve on, at least one: those that the user named, else that of the caller.
+    ///
+    /// # Errors
+    /// The caller is no IOThread.
+    pub fn serving_threads(&self) -> Result<Vec<Arc<IoThread>>> {
+        if !self.threads.is_empty() {
+            return Ok(self.threads.clone());
+        }
+        let main = IoThread::current().ok_or_else(|| qapi::Error::generic("no event loop runs on this thread"))?;
+        Ok(vec![main])
+    }
+}
+
+/// One kind of export, with the options of one to be started. Runs on the control task, which awaits it: it must neither
+/// block nor wait for a client.
+pub trait ExportDriver {
+    /// What the disk of the export needs and shares.
+    fn permissions(&self, writable: bool) -> Perms;
+
+    /// Starts the export. After an error nothing is left of it.
+    fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>>;
+}
 
 /// What the control task knows of an export of any kind.
 pub trait Export: Send + Sync {

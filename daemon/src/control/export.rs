@@ -5,27 +5,53 @@
 
 use super::{Control, Message};
 use block::disk::DiskOptions;
-use block::{Disk, Node};
-use export::Export;
-use export::nbd::{NbdExport, NbdExportOptions, NbdServer, NbdServerParams};
+use block::{Disk, Errno, IoResult, Node};
+use export::nbd::{NbdDriver, NbdServer, NbdServerParams};
+use export::{Export, ExportDriver, ExportParams, Resize, Resized};
 use io::IoThread;
 use io::socket;
 use qapi::types::export::{
     BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOptions,
-    BlockExportOptionsNbd, BlockExportRemoveMode, BlockExportType, BlockExportVariant, NbdServerAddOptions,
-    NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove, NbdServerStop, QueryBlockExports,
+    BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportType, BlockExportVariant,
+    NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove, NbdServerStop, QueryBlockExports,
 };
-use qapi::{Error, Result};
+use qapi::{Error, Result, Variants};
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 struct Entry {
     export: Arc<dyn Export>,
+    ty: BlockExportType,
     disk: Disk,
     node_name: String,
+}
+
+/// The wish of an export that its node were of another length.
+#[derive(Debug)]
+pub struct ExportResize {
+    node: Arc<Node>,
+    size: u64,
+    grow_only: bool,
+    reply: oneshot::Sender<IoResult>,
+}
+
+/// The way of one export to the control task.
+struct Resizer {
+    disk: Disk,
+    handle: super::Handle,
+}
+
+impl Resize for Resizer {
+    fn resize(&self, size: u64, grow_only: bool) -> Resized {
+        let (reply, done) = oneshot::channel();
+        self.handle.send(Message::ExportResize(ExportResize { node: self.disk.node(), size, grow_only, reply }));
+        // Nobody replies when the daemon is about to end.
+        Box::pin(async move { done.await.unwrap_or(Err(Errno::EIO)) })
+    }
 }
 
 /// All exports, oldest first, and the NBD server.
@@ -38,6 +64,19 @@ pub(super) struct Exports {
 impl Exports {
     fn nbd(&self) -> Result<&NbdServer> {
         self.nbd.as_ref().ok_or_else(|| Error::generic("NBD server not running"))
+    }
+
+    /// What starts the kind of export that `options` ask for. The place where a new kind comes in.
+    fn driver<'a>(&'a self, options: &'a BlockExportOptions, node: &Node) -> Result<Box<dyn ExportDriver + 'a>> {
+        match &options.export {
+            BlockExportVariant::Nbd(nbd) => Ok(Box::new(NbdDriver {
+                server: self.nbd()?,
+                name: nbd.base.name.clone().unwrap_or_else(|| node.name().to_owned()),
+                description: nbd.base.description.clone(),
+                allocation_depth: nbd.allocation_depth,
+            })),
+            BlockExportVariant::Fuse(_) => Err(Error::generic("FUSE exports are not supported yet")),
+        }
     }
 
     fn find(&self, id: &str) -> Result<&Entry> {
@@ -93,18 +132,27 @@ impl Control {
         if options.writable && node.options().read_only {
             return Err(Error::generic("Cannot export read-only node as writable"));
         }
-        let BlockExportVariant::Nbd(nbd) = &options.export;
-        self.exports.nbd()?;
+        let driver = self.exports.driver(&options, &node)?;
         let disk_options = DiskOptions {
             label: format!("block export '{}'", options.id),
-            perms: NbdExport::permissions(options.writable),
+            perms: driver.permissions(options.writable),
             writethrough: options.writethrough,
         };
         let disk = self.graph.attach(&node, &disk_options).await?;
-        match self.add_nbd(&options, nbd, &node, &disk, threads) {
+        let params = ExportParams {
+            id: options.id.clone(),
+            writable: options.writable,
+            disk: disk.clone(),
+            threads,
+            resize: Arc::new(Resizer { disk: disk.clone(), handle: self.handle() }),
+        };
+        let started = driver.start(params).await;
+        drop(driver);
+        match started {
             Ok(export) => {
                 self.watch(&*export);
-                self.exports.list.push(Entry { export, disk, node_name: node.name().to_owned() });
+                let (ty, node_name) = (options.export.tag(), node.name().to_owned());
+                self.exports.list.push(Entry { export, ty, disk, node_name });
                 Ok(())
             }
             Err(error) => {
@@ -127,25 +175,6 @@ impl Control {
             }
             Some(BlockExportIothreads::Multi(ids)) => ids.iter().map(|id| self.objects.iothread(id)).collect(),
         }
-    }
-
-    fn add_nbd(
-        &self,
-        options: &BlockExportOptions,
-        nbd: &BlockExportOptionsNbd,
-        node: &Node,
-        disk: &Disk,
-        threads: Vec<Arc<IoThread>>,
-    ) -> Result<Arc<NbdExport>> {
-        self.exports.nbd()?.add(NbdExportOptions {
-            id: options.id.clone(),
-            name: nbd.base.name.clone().unwrap_or_else(|| node.name().to_owned()),
-            description: nbd.base.description.clone(),
-            writable: options.writable,
-            allocation_depth: nbd.allocation_depth,
-            disk: disk.clone(),
-            threads,
-        })
     }
 
     /// Sends a message to this task when the export has closed.
@@ -189,6 +218,14 @@ impl Control {
         self.events.emit(&BlockExportDeleted { id: id.to_owned() });
     }
 
+    /// Sets the length of a node because an export needs it so.
+    pub(super) async fn export_resize(&mut self, wish: ExportResize) {
+        let ExportResize { node, size, grow_only, reply } = wish;
+        let result = if grow_only && node.size() >= size { Ok(()) } else { self.graph.resize(&node, size).await };
+        // The export may be gone, which is no reason not to do it.
+        let _ = reply.send(result.map_err(|error| errno_of(&error)));
+    }
+
     /// Ends all exports and the servers, and waits for their clients to be gone.
     pub(super) async fn close_exports(&mut self) {
         if self.exports.nbd.is_some() {
@@ -206,7 +243,7 @@ impl Control {
     pub(super) async fn query_block_exports(&mut self, _: QueryBlockExports) -> Result<Vec<BlockExportInfo>> {
         let info = |entry: &Entry| BlockExportInfo {
             id: entry.export.id().to_owned(),
-            ty: BlockExportType::Nbd,
+            ty: entry.ty,
             node_name: entry.node_name.clone(),
             shutting_down: entry.export.is_shutting_down(),
         };
@@ -219,7 +256,7 @@ impl Control {
         let node = self.graph.find(Some(&args.device), Some(&args.device))?;
         let name = args.base.name.clone().unwrap_or_else(|| args.device.clone());
         let writable = args.writable && !node.options().read_only;
-        let base = export_name(args.base, &name);
+        let base = BlockExportOptionsNbdBase { name: Some(name.clone()), ..args.base };
         self.block_export_add(BlockExportOptions {
             export: BlockExportVariant::Nbd(BlockExportOptionsNbd { base, allocation_depth: false }),
             id: name,
@@ -240,9 +277,14 @@ impl Control {
     }
 }
 
-fn export_name(
-    base: qapi::types::export::BlockExportOptionsNbdBase,
-    name: &str,
-) -> qapi::types::export::BlockExportOptionsNbdBase {
-    qapi::types::export::BlockExportOptionsNbdBase { name: Some(name.to_owned()), ..base }
+/// The errno that an operating system's error below `error` has.
+fn errno_of(error: &Error) -> Errno {
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if let Some(number) = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error) {
+            return Errno::from_raw(number);
+        }
+        source = inner.source();
+    }
+    Errno::EIO
 }

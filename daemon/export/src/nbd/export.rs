@@ -2,11 +2,14 @@
 
 use super::metacontext::Contexts;
 use super::negotiate::{BlockSizes, Offer};
+use super::server::NbdServer;
 use super::wire::MAX_PAYLOAD;
-use crate::{Closed, Export};
+use crate::{Closed, Export, ExportDriver, ExportParams};
+use block::driver::LocalFuture;
 use block::perm::Bits;
 use block::{Disk, Perms};
 use io::IoThread;
+use qapi::Result;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -28,6 +31,41 @@ pub struct NbdExportOptions {
     pub disk: Disk,
     /// The threads that serve clients, each one in turn; the server's own thread when empty.
     pub threads: Vec<Arc<IoThread>>,
+}
+
+/// Starts exports of an NBD server.
+#[derive(Debug)]
+pub struct NbdDriver<'a> {
+    /// The server, which has to run.
+    pub server: &'a NbdServer,
+    /// As [`NbdExportOptions::name`].
+    pub name: String,
+    /// As [`NbdExportOptions::description`].
+    pub description: Option<String>,
+    /// As [`NbdExportOptions::allocation_depth`].
+    pub allocation_depth: bool,
+}
+
+impl ExportDriver for NbdDriver<'_> {
+    fn permissions(&self, writable: bool) -> Perms {
+        NbdExport::permissions(writable)
+    }
+
+    fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>> {
+        let ExportParams { id, writable, disk, threads, .. } = params;
+        Box::pin(async move {
+            let export: Arc<dyn Export> = self.server.add(NbdExportOptions {
+                id,
+                name: self.name.clone(),
+                description: self.description.clone(),
+                writable,
+                allocation_depth: self.allocation_depth,
+                disk,
+                threads,
+            })?;
+            Ok(export)
+        })
+    }
 }
 
 /// An export of an NBD server. Made by [`NbdServer::add`](super::NbdServer::add).

@@ -31,5 +31,5 @@ mod wire;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 
-pub use export::{NbdExport, NbdExportOptions};
+pub use export::{NbdDriver, NbdExport, NbdExportOptions};
 pub use server::{NbdServer, NbdServerParams};

@@ -66,6 +66,33 @@ pub struct BlockExportOptionsNbd {
     pub allocation_depth: bool,
 }
 
+/// Who may use a FUSE export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum FuseExportAllowOther {
+    /// The user that runs the daemon, and nobody else, not even root.
+    Off,
+    /// Everybody whom the mode and the owner of the file allow. Where the daemon is not privileged this needs
+    /// `user_allow_other` in `/etc/fuse.conf`.
+    On,
+    /// As `on`, and as `off` where that is refused.
+    Auto,
+}
+
+/// A FUSE export: the image as a regular file.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "6.0")]
+pub struct BlockExportOptionsFuse {
+    /// The regular file to mount on; also the image itself. Or `/dev/fd/N`: descriptor N is `/dev/fuse`, and somebody has
+    /// mounted it, or will.
+    pub mountpoint: String,
+    /// Writes beyond the end make the image longer; otherwise they are cut there.
+    #[qapi(default)]
+    pub growable: bool,
+    /// Who may use it.
+    #[qapi(default = FuseExportAllowOther::Auto, since = "6.1")]
+    pub allow_other: FuseExportAllowOther,
+}
+
 /// Exports a node over NBD; `block-export-add` does the same and more.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(command = "nbd-server-add", since = "1.3", deprecated)]
@@ -148,6 +175,8 @@ pub struct BlockExportOptions {
 pub enum BlockExportVariant {
     /// NBD.
     Nbd(BlockExportOptionsNbd),
+    /// A file, through FUSE.
+    Fuse(BlockExportOptionsFuse),
 }
 
 /// Removes an export. It is gone when the event `BLOCK_EXPORT_DELETED` says so.
