@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | `monitor` | version, commands, schema, quit |
 //! | `blockdev` | `blockdev-add`, `-del`, `block_resize` |
+//! | `check` | checks of images |
 //! | `fault` | the fault node of tests |
 //! | `query` | what nodes are and did |
 //! | `export` | exports and the NBD server |
@@ -16,6 +17,7 @@
 
 mod blockdev;
 mod chardev;
+mod check;
 mod export;
 mod fault;
 mod monitor;

@@ -9,6 +9,7 @@
 //! knows no parents.
 
 use crate::IoResult;
+use crate::check::Check;
 use crate::edge::Edge;
 use crate::fault::FaultControl;
 use crate::perm::Perms;
@@ -245,6 +246,17 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// How the image is checked, where the driver is a format that can.
+    fn check_control(&self) -> Option<&dyn Check> {
+        None
+    }
+
+    /// The node is about to be taken into the graph, and its permissions hold: what has to be written before anybody uses it is
+    /// written now.
+    fn start(&self) -> impl Future<Output = Result<()>> {
+        async { Ok(()) }
+    }
+
     /// The users' permissions are about to become `new`: gets what they need in addition (locks, a writable descriptor)
     /// and keeps what the old ones need, until one of [`Driver::commit_perms`] and [`Driver::abort_perms`] follows.
     fn prepare_perms(&self, new: Perms) -> impl Future<Output = Result<()>> {
@@ -308,6 +320,8 @@ macro_rules! mirror {
             fn abort_perms(&self);
             /// [`Driver::fault_control`].
             fn fault_control(&self) -> Option<&dyn FaultControl>;
+            /// [`Driver::check_control`].
+            fn check_control(&self) -> Option<&dyn Check>;
             /// [`Driver::hears_events`].
             fn hears_events(&self) -> bool;
             /// [`Driver::event`].
@@ -352,6 +366,9 @@ macro_rules! mirror {
             fn fault_control(&self) -> Option<&dyn FaultControl> {
                 Driver::fault_control(self)
             }
+            fn check_control(&self) -> Option<&dyn Check> {
+                Driver::check_control(self)
+            }
             fn hears_events(&self) -> bool {
                 Driver::hears_events(self)
             }
@@ -377,5 +394,6 @@ mirror! {
     fn map(&self, span: Span, precise: bool) -> IoResult<Mapping>;
     fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()>;
     fn prepare_perms(&self, new: Perms) -> Result<()>;
+    fn start(&self) -> Result<()>;
     fn close(&self) -> ();
 }

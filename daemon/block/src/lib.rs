@@ -15,6 +15,7 @@
 //! | [`resource`] | the objects that nodes can name |
 //! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
 //! | [`stats`] | counters of nodes and disks |
+//! | [`check`] | the facet of a format that can check its image |
 //! | [`fault`] | the facet of a driver that fails on purpose |
 //! | [`throttle`] | limits of throughput, shared by groups of nodes |
 //! | [`clock`] | the time, so that tests can move it |
@@ -27,6 +28,7 @@
 //! wait for a drain that waits for its parent. To change an edge the control task closes the gates of all disks above it.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod clock;
 pub mod disk;
 pub mod driver;

@@ -108,7 +108,7 @@ fn signed(size: u64) -> i64 {
 }
 
 /// The file name of a node: its own, or that of the child whose bytes it shows.
-fn filename(node: &Arc<Node>) -> String {
+pub(super) fn filename(node: &Arc<Node>) -> String {
     let own = node.driver().filename();
     if !own.is_empty() {
         return own;

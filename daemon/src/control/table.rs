@@ -5,7 +5,8 @@ use block::driver::LocalFuture;
 use qapi::def::CommandDef;
 use qapi::schema::Schema;
 use qapi::types::{
-    block::*, block_event::*, block_query::*, chardev::*, control::*, export::*, fault::*, qom::*, reservation::*,
+    block::*, block_check::*, block_event::*, block_query::*, chardev::*, control::*, export::*, fault::*, qom::*,
+    reservation::*,
 };
 use qapi::{Command, Event, Qapi, Result, Value};
 
@@ -72,6 +73,7 @@ pub const COMMANDS: &[Row] = commands! {
     BlockdevOptions => blockdev_add,
     BlockdevDel => blockdev_del,
     BlockResize => block_resize,
+    XBlockdevCheck => x_blockdev_check,
     XFaultSetRules => x_fault_set_rules,
     XFaultRelease => x_fault_release,
     XFaultCrash => x_fault_crash,

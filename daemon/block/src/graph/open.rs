@@ -182,6 +182,10 @@ impl OpenContext<'_> {
             },
             Err(error) => Err(error),
         };
+        let done = match done {
+            Ok(root) => self.start().await.map(|()| root),
+            Err(error) => Err(error),
+        };
         match done {
             Ok(root) => {
                 for node in std::mem::take(&mut self.opened) {
@@ -197,11 +201,21 @@ impl OpenContext<'_> {
         }
     }
 
+    /// Lets the drivers write what they have to, children first.
+    async fn start(&self) -> Result<()> {
+        for node in &self.opened {
+            node.driver().start().await?;
+        }
+        Ok(())
+    }
+
     /// Closes what was opened, parents first; nobody has seen it.
     async fn give_up(self) {
         for node in self.opened.iter().rev() {
             node.driver().close().await;
-            unlink_children(node);
+            for child in unlink_children(node) {
+                permissions::loosen(&child).await;
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use buf::IoBuf;
 use qapi::{Error, Result};
 
 /// Most bytes of a directory; the reference's limit.
-const MAX_DIRECTORY: u64 = 64 << 20;
+pub const MAX_DIRECTORY: u64 = 64 << 20;
 /// Most bitmaps; the reference's limit.
 const MAX_BITMAPS: u32 = 65535;
 /// Bytes of the fixed part of an entry.

@@ -187,6 +187,15 @@ impl Cache {
         }
     }
 
+    /// Forgets all blocks.
+    pub fn clear(&self) {
+        let mut map = self.map_mut();
+        let all: Vec<u64> = map.keys().copied().collect();
+        for at in all {
+            self.forget_one(&mut map, at);
+        }
+    }
+
     /// Changes a block; none if it has gone from the cache and must be loaded again.
     pub fn change<R>(&self, block: &Block, change: impl FnOnce(&mut Vec<u8>) -> R) -> Option<R> {
         let mut state = block.loaded_mut()?;

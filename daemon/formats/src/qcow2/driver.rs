@@ -1,6 +1,7 @@
 //! The image as a driver of the graph.
 
 use super::image::Qcow2;
+use block::check::Check;
 use block::driver::Prealloc;
 use block::perm::Bits;
 use block::{Driver, Edge, Facts, IoResult, Mapping, Perms, Role, Span, Support, WriteFlags, ZeroFlags};
@@ -78,6 +79,14 @@ impl Driver for Qcow2 {
                     & !(Bits::WRITE | Bits::RESIZE),
             },
         }
+    }
+
+    fn check_control(&self) -> Option<&dyn Check> {
+        Some(self)
+    }
+
+    async fn start(&self) -> Result<()> {
+        self.repair_dirty().await
     }
 
     async fn close(&self) {

@@ -5,8 +5,10 @@
 
 /// Bit 63 of L1 and L2 entries: the cluster has a refcount of exactly one.
 pub const COPIED: u64 = 1 << 63;
-const PACKED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+/// Bit 62 of L2 entries: the cluster is compressed.
+pub const PACKED: u64 = 1 << 62;
+/// Bit 0 of L2 entries without subclusters: the cluster reads as zero.
+pub const ZERO: u64 = 1;
 /// Bits 9 to 55 of L1 and L2 entries.
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 

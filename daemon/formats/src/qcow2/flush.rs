@@ -203,6 +203,7 @@ impl Qcow2 {
         }
         self.prepared
             .get_or_try_init(|| async {
+                self.repair_dirty().await.map_err(|_| block::Errno::EIO)?;
                 let known = header::BITMAPS | header::RAW_DATA_FILE;
                 if self.header_now().autoclear & !known != 0 {
                     let _turn = self.turn.lock().await;

@@ -12,11 +12,13 @@
 //! | `write`, `zero`, `resize` | changing |
 //! | `flush` | what is written in which order |
 //! | `snapshot`, `bitmap` | internal snapshots and bitmaps, kept |
+//! | `check`, `repair` | checking and repairing |
 //! | `open`, `driver` | the image in the graph |
 
 mod bitmap;
 mod bytes;
 mod cache;
+pub mod check;
 mod compress;
 mod driver;
 mod entry;
@@ -29,6 +31,7 @@ mod join;
 mod open;
 mod read;
 mod refcount;
+mod repair;
 mod resize;
 mod snapshot;
 mod write;

@@ -143,12 +143,6 @@ impl Start {
         if self.header.incompatible & header::CORRUPT != 0 {
             return Err(Error::generic("qcow2: Image is corrupt; cannot be opened read/write"));
         }
-        if self.header.incompatible & header::DIRTY != 0 {
-            return Err(Error::generic(
-                "The image was not closed properly and its refcounts have to be rebuilt, which is not supported: it can only be \
-                 opened read-only ('qemu-img check -r all' repairs it)",
-            ));
-        }
         Ok(())
     }
 }

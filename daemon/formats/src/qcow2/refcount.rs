@@ -31,6 +31,15 @@ struct Table {
     first_free: u64,
 }
 
+impl Table {
+    fn read(cluster_bits: u32, at: u64, table: &[u8]) -> Self {
+        let entries = table.chunks_exact(8).map(|b| be64(b, 0) & !0x1ff).collect();
+        let first = at >> cluster_bits;
+        let saved = first..first + (u64_of(table.len()) >> cluster_bits);
+        Self { entries, at, saved, first_free: 1, ..Self::default() }
+    }
+}
+
 /// What a flush has to write of the table.
 #[derive(Debug, Default)]
 pub struct TableCopy {
@@ -65,32 +74,20 @@ enum Try<T> {
     Grow(u64),
 }
 
-impl Refcounts {
-    /// The refcounts with the table whose bytes are `table`, at `at`.
-    pub fn new(cluster_bits: u32, order: u32, at: u64, table: &[u8], cache: u64) -> Self {
-        let entries = table.chunks_exact(8).map(|b| be64(b, 0) & !0x1ff).collect();
-        let first = at >> cluster_bits;
-        let saved = first..first + (u64_of(table.len()) >> cluster_bits);
-        Self {
-            cluster_bits,
-            order,
-            table: Mutex::new(Table { entries, at, saved, first_free: 1, ..Table::default() }),
-            blocks: Cache::new(cache, 1 << cluster_bits),
-        }
+/// How wide a count is: log2 of its bits, 0 to 6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Width(pub u32);
+
+impl Width {
+    /// The greatest count.
+    pub fn most(self) -> u64 {
+        if self.0 >= 6 { u64::MAX } else { (1 << (1u32 << self.0)) - 1 }
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Refcounts in a block.
-    fn per_block(&self) -> u64 {
-        1 << (self.cluster_bits + 3 - self.order)
-    }
-
-    fn read(&self, bytes: &[u8], index: u64) -> u64 {
+    /// The count with index `index` of a block.
+    pub fn read(self, bytes: &[u8], index: u64) -> u64 {
         let i = us(index);
-        match self.order {
+        match self.0 {
             6 => be64(bytes, i * 8),
             5 => be32(bytes, i * 4).into(),
             4 => be16(bytes, i * 2).into(),
@@ -103,9 +100,10 @@ impl Refcounts {
         }
     }
 
-    fn write(&self, bytes: &mut [u8], index: u64, value: u64) {
+    /// Sets the count with index `index` of a block.
+    pub fn write(self, bytes: &mut [u8], index: u64, value: u64) {
         let i = us(index);
-        match self.order {
+        match self.0 {
             6 => put64(bytes, i * 8, value),
             5 => put32(bytes, i * 4, u32::try_from(value).unwrap_or(u32::MAX)),
             4 => {
@@ -123,6 +121,41 @@ impl Refcounts {
                 }
             }
         }
+    }
+}
+
+impl Refcounts {
+    /// The refcounts with the table whose bytes are `table`, at `at`.
+    pub fn new(cluster_bits: u32, order: u32, at: u64, table: &[u8], cache: u64) -> Self {
+        Self {
+            cluster_bits,
+            order,
+            table: Mutex::new(Table::read(cluster_bits, at, table)),
+            blocks: Cache::new(cache, 1 << cluster_bits),
+        }
+    }
+
+    /// Forgets everything in favour of the table whose bytes are `table`, at `at`.
+    pub fn read_anew(&self, at: u64, table: &[u8]) {
+        *self.table() = Table::read(self.cluster_bits, at, table);
+        self.blocks.clear();
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refcounts in a block.
+    fn per_block(&self) -> u64 {
+        1 << (self.cluster_bits + 3 - self.order)
+    }
+
+    fn read(&self, bytes: &[u8], index: u64) -> u64 {
+        Width(self.order).read(bytes, index)
+    }
+
+    fn write(&self, bytes: &mut [u8], index: u64, value: u64) {
+        Width(self.order).write(bytes, index, value);
     }
 
     /// Offset of the block with index `index`, 0 if there is none.

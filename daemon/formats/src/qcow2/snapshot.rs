@@ -8,9 +8,9 @@ use buf::IoBuf;
 use qapi::{Error, Result};
 
 /// Most bytes of the table; the reference's limit.
-const MAX_TABLE: u64 = 64 << 20;
+pub const MAX_TABLE: u64 = 64 << 20;
 /// Bytes of the fixed part of an entry.
-const FIXED: u64 = 40;
+pub const FIXED: u64 = 40;
 
 /// Reads the table of snapshots through, and checks that it is one.
 ///

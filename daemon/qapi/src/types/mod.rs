@@ -5,6 +5,7 @@
 //! lacks, `since` says so.
 
 pub mod block;
+pub mod block_check;
 pub mod block_event;
 pub mod block_filters;
 pub mod block_query;
