@@ -13,6 +13,7 @@ use crate::check::Check;
 use crate::edge::Edge;
 use crate::fault::FaultControl;
 use crate::perm::Perms;
+use crate::reopen::{Backing, ChildList, Reopen};
 use crate::reservation::Reservations;
 use buf::IoBuf;
 use nix::errno::Errno;
@@ -257,6 +258,21 @@ pub trait Driver: Send + Sync + 'static {
         async { Ok(()) }
     }
 
+    /// How the driver's options change, where it has something to do about it.
+    fn reopen(&self) -> Option<&dyn Reopen> {
+        None
+    }
+
+    /// The backing file, for formats whose images can have one.
+    fn backing(&self) -> Option<&dyn Backing> {
+        None
+    }
+
+    /// Children that come and go one by one, where they can.
+    fn child_list(&self) -> Option<&dyn ChildList> {
+        None
+    }
+
     /// The users' permissions are about to become `new`: gets what they need in addition (locks, a writable descriptor)
     /// and keeps what the old ones need, until one of [`Driver::commit_perms`] and [`Driver::abort_perms`] follows.
     fn prepare_perms(&self, new: Perms) -> impl Future<Output = Result<()>> {
@@ -314,6 +330,12 @@ macro_rules! mirror {
             fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms;
             /// [`Driver::reservations`].
             fn reservations(&self) -> Option<&dyn Reservations>;
+            /// [`Driver::reopen`].
+            fn reopen(&self) -> Option<&dyn Reopen>;
+            /// [`Driver::backing`].
+            fn backing(&self) -> Option<&dyn Backing>;
+            /// [`Driver::child_list`].
+            fn child_list(&self) -> Option<&dyn ChildList>;
             /// [`Driver::commit_perms`].
             fn commit_perms(&self);
             /// [`Driver::abort_perms`].
@@ -356,6 +378,15 @@ macro_rules! mirror {
             }
             fn reservations(&self) -> Option<&dyn Reservations> {
                 Driver::reservations(self)
+            }
+            fn reopen(&self) -> Option<&dyn Reopen> {
+                Driver::reopen(self)
+            }
+            fn backing(&self) -> Option<&dyn Backing> {
+                Driver::backing(self)
+            }
+            fn child_list(&self) -> Option<&dyn ChildList> {
+                Driver::child_list(self)
             }
             fn commit_perms(&self) {
                 Driver::commit_perms(self);

@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use buf::IoBuf;
 use qapi::types::block_filters::BlkdebugEvent;
 use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// What a child is to its parent: decides what it inherits and how status is walked.
@@ -43,6 +44,8 @@ pub struct Edge {
     role: Role,
     child: ArcSwap<Node>,
     pub(crate) parent: Parent,
+    /// How many rely on it that the edge keeps leading to its child.
+    frozen: AtomicU32,
     /// Guards the permissions that were committed last. Control task only, never across an await.
     perms: Mutex<Perms>,
 }
@@ -55,7 +58,14 @@ impl fmt::Debug for Edge {
 
 impl Edge {
     pub(crate) fn new(name: &str, role: Role, child: Arc<Node>, parent: Parent) -> Self {
-        Self { name: name.to_owned(), role, child: ArcSwap::new(child), parent, perms: Mutex::new(Perms::default()) }
+        Self {
+            name: name.to_owned(),
+            role,
+            child: ArcSwap::new(child),
+            parent,
+            frozen: AtomicU32::new(0),
+            perms: Mutex::new(Perms::default()),
+        }
     }
 
     /// The parent's name of this child: `file`, `backing`, `root`.
@@ -71,6 +81,26 @@ impl Edge {
     /// The node at the lower end, as of now. It cannot change under a request that is in flight.
     pub fn node(&self) -> Arc<Node> {
         self.child.load_full()
+    }
+
+    /// Leads to another node from now on. Control task, with nothing in flight above.
+    pub(crate) fn set_node(&self, node: Arc<Node>) {
+        self.child.store(node);
+    }
+
+    /// The edge must lead where it leads, until [`Edge::thaw`]; nests. For jobs, on the control task.
+    pub fn freeze(&self) {
+        self.frozen.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes one [`Edge::freeze`] back.
+    pub fn thaw(&self) {
+        self.frozen.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether it must not be moved.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Relaxed) > 0
     }
 
     /// What the parent needs and shares, as committed last.

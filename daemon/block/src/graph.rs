@@ -4,15 +4,19 @@
 //! permissions are computed on paper), *prepare* what can fail (locks, descriptors; undone if a later one fails), *commit*,
 //! which cannot fail. Where edges or lengths change under requests, the gates of all disks above are closed in between.
 
+mod change;
 mod open;
 mod permissions;
+mod reopen;
 
+pub use change::Change;
 pub use open::{OpenContext, Opener};
+use permissions::Overlay;
 
 use crate::disk::{self, Disk, DiskOptions};
 use crate::driver::Prealloc;
 use crate::edge::{Edge, Parent};
-use crate::node::Node;
+use crate::node::{Node, whole_sectors};
 use crate::perm::{Bits, Perms};
 use crate::report::Reporter;
 use crate::resource::Resources;
@@ -200,7 +204,8 @@ impl Graph {
     pub async fn attach(&mut self, node: &Arc<Node>, options: &DiskOptions) -> Result<Disk> {
         let disk = Disk::new(Arc::clone(node), options, self.reporter.clone());
         link(&disk.inner.edge);
-        let plan = permissions::plan(std::slice::from_ref(node), &[(Arc::clone(&disk.inner.edge), options.perms)]);
+        let set = [(Arc::clone(&disk.inner.edge), options.perms)];
+        let plan = permissions::plan(std::slice::from_ref(node), &set, &Overlay::default(), &[]);
         let done = match plan {
             Ok(plan) => plan.carry_out().await,
             Err(error) => Err(error),
@@ -290,11 +295,15 @@ fn nodes_below(disks: &[Arc<disk::Inner>]) -> Vec<Arc<Node>> {
 }
 
 fn disks_above(node: &Arc<Node>) -> Vec<Arc<disk::Inner>> {
-    let mut disks: Vec<Arc<disk::Inner>> = Vec::new();
-    let mut seen: Vec<Arc<Node>> = Vec::new();
-    let mut todo = vec![Arc::clone(node)];
+    above(vec![Arc::clone(node)], Vec::new())
+}
+
+/// `disks`, and those whose requests can reach one of `nodes`.
+fn above(nodes: Vec<Arc<Node>>, mut disks: Vec<Arc<disk::Inner>>) -> Vec<Arc<disk::Inner>> {
+    let mut seen = HashSet::new();
+    let mut todo = nodes;
     while let Some(node) = todo.pop() {
-        if seen.iter().any(|other| Arc::ptr_eq(other, &node)) {
+        if !seen.insert(Arc::as_ptr(&node).addr()) {
             continue;
         }
         for edge in node.parents() {
@@ -303,31 +312,63 @@ fn disks_above(node: &Arc<Node>) -> Vec<Arc<disk::Inner>> {
                 Parent::Node(parent) => todo.extend(parent.get().and_then(Weak::upgrade)),
             }
         }
-        seen.push(node);
     }
+    let mut known = HashSet::new();
+    disks.retain(|disk| known.insert(Arc::as_ptr(disk).addr()));
     disks
 }
 
 /// Tells everybody above `node` about its length.
 async fn refresh_above(node: &Arc<Node>) {
-    let mut todo = vec![Arc::clone(node)];
-    while let Some(node) = todo.pop() {
-        for edge in node.parents() {
-            match &edge.parent {
-                Parent::Disk(disk) => {
-                    if let Some(disk) = disk.upgrade() {
-                        disk.resized(node.size());
-                    }
-                }
-                Parent::Node(parent) => {
-                    if let Some(parent) = parent.get().and_then(Weak::upgrade)
-                        && let Ok(length) = parent.driver().length().await
-                    {
-                        parent.set_length(length);
-                        todo.push(parent);
-                    }
-                }
-            }
+    refresh(&node.parents().iter().filter_map(|edge| edge.parent_node()).collect::<Vec<_>>()).await;
+    tell_disks(node);
+}
+
+/// Takes new lengths and facts from `nodes` and everybody above them, children first.
+async fn refresh(nodes: &[Arc<Node>]) {
+    for node in children_first_upwards(nodes) {
+        node.refresh_facts();
+        if let Ok(length) = node.driver().length().await
+            && whole_sectors(length) != node.size()
+        {
+            node.set_length(length);
+        }
+        tell_disks(&node);
+    }
+}
+
+/// Tells the users that are no nodes of the length.
+fn tell_disks(node: &Arc<Node>) {
+    for edge in node.parents() {
+        if let Parent::Disk(disk) = &edge.parent
+            && let Some(disk) = disk.upgrade()
+        {
+            disk.resized(node.size());
         }
     }
+}
+
+/// `nodes` and all above them, each after its children among them.
+fn children_first_upwards(nodes: &[Arc<Node>]) -> Vec<Arc<Node>> {
+    enum Step {
+        Enter(Arc<Node>),
+        Leave(Arc<Node>),
+    }
+    let mut seen = HashSet::new();
+    let mut order = Vec::new();
+    let mut todo: Vec<Step> = nodes.iter().cloned().map(Step::Enter).collect();
+    while let Some(step) = todo.pop() {
+        match step {
+            Step::Enter(node) => {
+                if seen.insert(Arc::as_ptr(&node).addr()) {
+                    let parents = node.parents();
+                    todo.push(Step::Leave(node));
+                    todo.extend(parents.iter().filter_map(|edge| edge.parent_node()).map(Step::Enter));
+                }
+            }
+            Step::Leave(node) => order.push(node),
+        }
+    }
+    order.reverse();
+    order
 }

@@ -10,6 +10,7 @@
 //! | [`overlap`] | serialises requests on overlapping bytes |
 //! | [`perm`] | permissions, their combination and the texts of their conflicts |
 //! | [`graph`] | [`Graph`]: the only writer: adds, deletes, resizes, attaches; plan, then drain, then commit |
+//! | [`reopen`] | what a driver does about changes of its options and children |
 //! | [`report`] | what drivers and exports report to the daemon, for the events of its clients |
 //! | [`reservation`] | persistent reservations: what a medium, a manager and a filter do about them |
 //! | [`resource`] | the objects that nodes can name |
@@ -39,6 +40,7 @@ pub mod graph;
 pub mod node;
 pub mod overlap;
 pub mod perm;
+pub mod reopen;
 pub mod report;
 pub mod reservation;
 pub mod resource;

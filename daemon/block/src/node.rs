@@ -13,6 +13,7 @@ use crate::overlap::Overlap;
 use crate::perm::{Bits, Perms};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
+use qapi::types::block::BlockdevOptions;
 use qapi::types::block_filters::BlkdebugEvent;
 use qapi::{Error, Result};
 use std::fmt;
@@ -57,6 +58,10 @@ pub(crate) struct Links {
     pub children: Vec<Arc<Edge>>,
     /// Those of all parents together, as the driver has been told.
     pub perms: Perms,
+    /// The options that the node was made from, or reopened with last; none if its driver came ready.
+    pub given: Option<Arc<BlockdevOptions>>,
+    /// The node inside whose options this one was made: it inherits options from there while it is its child.
+    pub owner: Weak<Node>,
 }
 
 /// A driver in the graph.
@@ -120,7 +125,7 @@ impl Node {
             corrupt: AtomicBool::new(false),
             overlap: Overlap::default(),
             stats: Stats::default(),
-            links: Mutex::new(Links { parents: Vec::new(), children, perms: Perms::default() }),
+            links: Mutex::new(Links { children, ..Links::default() }),
         }
     }
 
@@ -185,6 +190,22 @@ impl Node {
     /// What all users together need and share, as the driver has been told.
     pub fn user_perms(&self) -> Perms {
         self.links().perms
+    }
+
+    /// The options that the node was made from, or reopened with last; none if its driver came ready.
+    pub fn given(&self) -> Option<Arc<BlockdevOptions>> {
+        self.links().given.clone()
+    }
+
+    /// The node inside whose options this one was made.
+    pub(crate) fn owner(&self) -> Option<Arc<Node>> {
+        self.links().owner.upgrade()
+    }
+
+    /// Puts options in force. Control task, with nothing in flight.
+    pub(crate) fn set_options(&self, options: NodeOptions, given: Arc<BlockdevOptions>) {
+        self.options.store(Arc::new(options));
+        self.links().given = Some(given);
     }
 
     pub(crate) fn links(&self) -> MutexGuard<'_, Links> {

@@ -7,22 +7,25 @@
 //! | --- | --- |
 //! | [`open`](self) | options, opening, checks |
 //! | `permissions` | locks and reopening as users come and go |
+//! | `reopen` | options that change |
 //! | `reservation` | persistent reservations, by the kernel or a manager |
 //! | `space` | zeroes, discards, holes, lengths |
 
 mod open;
 mod permissions;
+mod reopen;
 mod reservation;
 mod space;
 
 pub use open::{open_device, open_regular};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use block::driver::Prealloc;
+use block::reopen::Reopen;
 use block::reservation::{ManagerUse, Reservations};
-use block::{Driver, Errno, Facts, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
+use block::{Driver, Errno, Facts, IoResult, Mapping, NodeOptions, Perms, Span, Support, WriteFlags, ZeroFlags};
 use buf::IoBuf;
-use io::{BlockDevice, DirectAlign, File, OpenHow};
+use io::{BlockDevice, DirectAlign, Engine, File};
 use permissions::Locks;
 use qapi::Result;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -43,6 +46,26 @@ enum Writing {
     Always,
     /// While a user has permission to write.
     WhenNeeded,
+}
+
+/// What options say that can change while the file is open.
+#[derive(Clone, Copy, Debug)]
+struct Settings {
+    writing: Writing,
+    force_share: bool,
+    direct: bool,
+    align: DirectAlign,
+}
+
+impl Settings {
+    fn new(node: &NodeOptions, align: DirectAlign) -> Self {
+        let writing = match (node.read_only, node.auto_read_only) {
+            (true, _) => Writing::Never,
+            (false, false) => Writing::Always,
+            (false, true) => Writing::WhenNeeded,
+        };
+        Self { writing, force_share: node.force_share, direct: node.direct, align }
+    }
 }
 
 /// What the file has not been found unable to do. Hints that only ever turn off, so unordered.
@@ -76,10 +99,11 @@ pub struct FileDriver {
     name: &'static str,
     filename: String,
     medium: Medium,
-    writing: Writing,
-    force_share: bool,
-    how: OpenHow,
-    align: DirectAlign,
+    engine: Engine,
+    /// `aio=native` was asked for.
+    native: bool,
+    /// Replaced with `file`, by the control task.
+    settings: ArcSwap<Settings>,
     /// None once closed.
     file: ArcSwapOption<File>,
     /// Guards the locks held and prepared. Control task only, never across an await.
@@ -153,6 +177,12 @@ impl FileDriver {
     }
 }
 
+impl FileDriver {
+    fn settings(&self) -> Settings {
+        **self.settings.load()
+    }
+}
+
 impl Driver for FileDriver {
     fn name(&self) -> &'static str {
         self.name
@@ -167,6 +197,7 @@ impl Driver for FileDriver {
             ),
             Medium::Regular | Medium::Char => (1, 0, 0),
         };
+        let align = self.settings().align;
         let native = |able: bool| if able { Support::Native } else { Support::None };
         let is_char = matches!(self.medium, Medium::Char);
         let zero = match self.medium {
@@ -176,11 +207,11 @@ impl Driver for FileDriver {
         };
         let granularity = if granularity.is_power_of_two() { granularity } else { 1 };
         Facts {
-            request_align: self.align.offset,
-            mem_align: self.align.memory,
+            request_align: align.offset,
+            mem_align: align.memory,
             opt_transfer: io_opt,
-            zero_align: sector.max(self.align.offset),
-            discard_align: sector.max(granularity).max(self.align.offset),
+            zero_align: sector.max(align.offset),
+            discard_align: sector.max(granularity).max(align.offset),
             fua: native(!is_char),
             zero: native(zero),
             discard: native(!is_char && can(&self.able.discard)),
@@ -251,6 +282,10 @@ impl Driver for FileDriver {
     }
 
     fn reservations(&self) -> Option<&dyn Reservations> {
+        Some(self)
+    }
+
+    fn reopen(&self) -> Option<&dyn Reopen> {
         Some(self)
     }
 

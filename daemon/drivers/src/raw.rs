@@ -4,14 +4,16 @@
 //! and emulates what its driver lacks.
 
 use crate::filter::{self, len_of};
-use block::driver::Prealloc;
+use arc_swap::ArcSwap;
+use block::driver::{LocalFuture, Prealloc};
 use block::perm::Bits;
+use block::reopen::{NewOptions, Prepared, Reopen};
 use block::reservation::Reservations;
 use block::{
     BlkdebugEvent, Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags,
 };
 use buf::IoBuf;
-use qapi::types::block::BlockdevOptionsRaw;
+use qapi::types::block::{BlockdevDriverOptions, BlockdevOptionsRaw};
 use qapi::{Error, Result};
 use std::sync::Arc;
 
@@ -24,6 +26,13 @@ const MAX_LENGTH: u64 = block::node::MAX_LENGTH;
 #[derive(Debug)]
 pub struct Raw {
     file: Arc<Edge>,
+    /// Replaced by the control task, while nothing is in flight.
+    window: ArcSwap<Window>,
+}
+
+/// The part of the child that is the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Window {
     offset: u64,
     /// Set if the user fixed it, in bytes.
     size: Option<u64>,
@@ -36,28 +45,71 @@ pub struct Raw {
 /// # Errors
 /// Those of the child; a window that does not fit into it.
 pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsRaw) -> Result<Raw> {
-    let offset = positive("offset", options.offset)?;
-    let size = positive("size", options.size)?;
+    Window::asked(options)?;
     let file = cx.child("file", Role::Filtered, &options.file).await?;
-    let real = file.size();
-    let start = offset.unwrap_or(0);
-    if start > real {
-        return Err(Error::generic(format!(
-            "Offset ({start}) cannot be greater than size of the containing file ({real})"
-        )));
+    let window = Window::new(options, file.size())?;
+    Ok(Raw { file, window: ArcSwap::from_pointee(window) })
+}
+
+impl Window {
+    /// What the options ask for.
+    fn asked(options: &BlockdevOptionsRaw) -> Result<Self> {
+        let offset = positive("offset", options.offset)?;
+        let size = positive("size", options.size)?;
+        Ok(Self { offset: offset.unwrap_or(0), size, named_offset: offset.is_some() })
     }
-    if let Some(size) = size {
-        if real - start < size {
+
+    /// The same, if a child of `real` bytes has it.
+    fn new(options: &BlockdevOptionsRaw, real: u64) -> Result<Self> {
+        let window = Self::asked(options)?;
+        let start = window.offset;
+        if start > real {
             return Err(Error::generic(format!(
-                "The sum of offset ({start}) and size ({size}) has to be smaller or equal to the  actual size of the \
-                 containing file ({real})"
+                "Offset ({start}) cannot be greater than size of the containing file ({real})"
             )));
         }
-        if !size.is_multiple_of(SECTOR) {
-            return Err(Error::generic(format!("Specified size is not multiple of {SECTOR}")));
+        if let Some(size) = window.size {
+            if real - start < size {
+                return Err(Error::generic(format!(
+                    "The sum of offset ({start}) and size ({size}) has to be smaller or equal to the  actual size of the \
+                     containing file ({real})"
+                )));
+            }
+            if !size.is_multiple_of(SECTOR) {
+                return Err(Error::generic(format!("Specified size is not multiple of {SECTOR}")));
+            }
         }
+        Ok(window)
     }
-    Ok(Raw { file, offset: start, size, named_offset: offset.is_some() })
+}
+
+/// A window that waits to be put in force.
+struct Waiting<'a> {
+    raw: &'a Raw,
+    window: Window,
+}
+
+impl Reopen for Raw {
+    fn mutable(&self) -> &'static [&'static str] {
+        &["offset", "size"]
+    }
+
+    fn prepare<'a>(&'a self, new: &'a NewOptions<'_>) -> LocalFuture<'a, Result<Box<dyn Prepared + 'a>>> {
+        Box::pin(async move {
+            let (BlockdevDriverOptions::Raw(options), Some(child)) = (new.driver, new.child("file")) else {
+                return Err(Error::generic("These are not the options of a raw node"));
+            };
+            let window = Window::new(options, child.size())?;
+            let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting { raw: self, window });
+            Ok(waiting)
+        })
+    }
+}
+
+impl Prepared for Waiting<'_> {
+    fn commit(self: Box<Self>) {
+        self.raw.window.store(Arc::new(self.window));
+    }
 }
 
 fn positive(name: &str, value: Option<i64>) -> Result<Option<u64>> {
@@ -66,10 +118,15 @@ fn positive(name: &str, value: Option<i64>) -> Result<Option<u64>> {
 }
 
 impl Raw {
+    fn window(&self) -> Window {
+        **self.window.load()
+    }
+
     /// The child's offset of a request; the end is checked too where the size is fixed.
     fn shift(&self, at: u64, len: u64, beyond: Errno) -> IoResult<u64> {
-        let inside = self.size.is_none_or(|size| at.checked_add(len).is_some_and(|end| end <= size));
-        match at.checked_add(self.offset) {
+        let window = self.window();
+        let inside = window.size.is_none_or(|size| at.checked_add(len).is_some_and(|end| end <= size));
+        match at.checked_add(window.offset) {
             Some(shifted) if inside => Ok(shifted),
             _ => Err(beyond),
         }
@@ -88,24 +145,26 @@ impl Driver for Raw {
     fn facts(&self) -> Facts {
         let child = self.file.facts();
         // An offset off the child's units would make what is aligned here unaligned there; the child's node copes.
-        let aligned = self.offset.is_multiple_of(u64::from(child.request_align));
+        let aligned = self.window().offset.is_multiple_of(u64::from(child.request_align));
         Facts { request_align: if aligned { child.request_align } else { 1 }, ..filter::facts(&self.file) }
     }
 
     fn filename(&self) -> String {
-        if self.size.is_none() && !self.named_offset {
+        let window = self.window();
+        if window.size.is_none() && !window.named_offset {
             return self.file.node().driver().filename();
         }
-        let offset = self.named_offset.then(|| ("offset", self.offset.into()));
-        let size = self.size.map(|size| ("size", size.into()));
+        let offset = window.named_offset.then(|| ("offset", window.offset.into()));
+        let size = window.size.map(|size| ("size", size.into()));
         let options: Vec<_> = offset.into_iter().chain(size).collect();
         filter::describe("raw", &options, &[("file", &self.file)])
     }
 
     async fn length(&self) -> IoResult<u64> {
-        Ok(match self.size {
+        let window = self.window();
+        Ok(match window.size {
             Some(size) => size,
-            None => self.file.size().saturating_sub(self.offset),
+            None => self.file.size().saturating_sub(window.offset),
         })
     }
 
@@ -143,19 +202,25 @@ impl Driver for Raw {
     }
 
     async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
-        if self.size.is_some() {
+        let window = self.window();
+        if window.size.is_some() {
             return Err(Error::generic("Cannot resize fixed-size raw disks"));
         }
-        match size.checked_add(self.offset) {
+        match size.checked_add(window.offset) {
             Some(below) if below <= MAX_LENGTH => self.file.truncate(below, exact, prealloc).await,
             Some(below) => Err(Error::generic(format!("offset({below}) exceeds maximum({MAX_LENGTH})"))),
             None => Err(Error::generic("Disk size too large for the chosen offset")),
         }
     }
 
+    fn reopen(&self) -> Option<&dyn Reopen> {
+        Some(self)
+    }
+
     /// A part of a medium has none of its own.
     fn reservations(&self) -> Option<&dyn Reservations> {
-        if self.offset == 0 && self.size.is_none() { Some(&*self.file) } else { None }
+        let window = self.window();
+        if window.offset == 0 && window.size.is_none() { Some(&*self.file) } else { None }
     }
 
     /// As its users, but the length stays while there are any: the window was checked against it.

@@ -4,20 +4,28 @@
 //! [`block::throttle`].
 
 use crate::filter::{self, len_of};
-use block::driver::Prealloc;
+use arc_swap::ArcSwap;
+use block::driver::{LocalFuture, Prealloc};
+use block::reopen::{NewOptions, Prepared, Reopen};
 use block::reservation::Reservations;
-use block::throttle::{Direction, Groups, Member};
+use block::throttle::{Direction, Group, Groups, Member};
 use block::{Driver, Edge, Facts, IoResult, Mapping, OpenContext, Role, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
+use qapi::types::block::BlockdevDriverOptions;
 use qapi::types::block_filters::BlockdevOptionsThrottle;
 use qapi::{Error, Result};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A member of a group, and the node that it limits.
 #[derive(Debug)]
 pub struct Throttle {
     file: Arc<Edge>,
-    member: Member,
+    groups: Groups,
+    /// Replaced by the control task, while nothing is in flight.
+    member: ArcSwap<Member>,
+    /// Drains that are under way above. Control task only.
+    drains: AtomicU32,
 }
 
 /// Opens the child and joins the group.
@@ -25,10 +33,51 @@ pub struct Throttle {
 /// # Errors
 /// There is no such group; those of the child.
 pub async fn open(cx: &mut OpenContext<'_>, groups: &Groups, options: &BlockdevOptionsThrottle) -> Result<Throttle> {
-    let name = &options.throttle_group;
-    let group = groups.get(name).ok_or_else(|| Error::generic(format!("Throttle group '{name}' does not exist")))?;
+    let group = find(groups, options)?;
     let file = cx.child("file", Role::Filtered, &options.file).await?;
-    Ok(Throttle { file, member: group.join() })
+    Ok(Throttle {
+        file,
+        groups: groups.clone(),
+        member: ArcSwap::from_pointee(group.join()),
+        drains: AtomicU32::new(0),
+    })
+}
+
+fn find(groups: &Groups, options: &BlockdevOptionsThrottle) -> Result<Arc<Group>> {
+    let name = &options.throttle_group;
+    groups.get(name).ok_or_else(|| Error::generic(format!("Throttle group '{name}' does not exist")))
+}
+
+/// The membership of another group, which waits to take the place of the one there is.
+struct Waiting<'a> {
+    throttle: &'a Throttle,
+    member: Member,
+}
+
+impl Reopen for Throttle {
+    fn mutable(&self) -> &'static [&'static str] {
+        &["throttle-group"]
+    }
+
+    fn prepare<'a>(&'a self, new: &'a NewOptions<'_>) -> LocalFuture<'a, Result<Box<dyn Prepared + 'a>>> {
+        Box::pin(async move {
+            let BlockdevDriverOptions::Throttle(options) = new.driver else {
+                return Err(Error::generic("These are not the options of a throttle node"));
+            };
+            let member = find(&self.groups, options)?.join();
+            let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting { throttle: self, member });
+            Ok(waiting)
+        })
+    }
+}
+
+impl Prepared for Waiting<'_> {
+    fn commit(self: Box<Self>) {
+        for _ in 0..self.throttle.drains.load(Ordering::Relaxed) {
+            self.member.release();
+        }
+        self.throttle.member.store(Arc::new(self.member));
+    }
 }
 
 impl Driver for Throttle {
@@ -41,7 +90,7 @@ impl Driver for Throttle {
     }
 
     fn filename(&self) -> String {
-        let group = self.member.group().name().into();
+        let group = self.member.load().group().name().into();
         filter::describe("throttle", &[("throttle-group", group)], &[("file", &self.file)])
     }
 
@@ -50,12 +99,12 @@ impl Driver for Throttle {
     }
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
-        self.member.pass(Direction::Read, len_of(buf)).await;
+        self.member.load_full().pass(Direction::Read, len_of(buf)).await;
         self.file.read(at, buf).await
     }
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
-        self.member.pass(Direction::Write, len_of(buf)).await;
+        self.member.load_full().pass(Direction::Write, len_of(buf)).await;
         self.file.write(at, buf, flags).await
     }
 
@@ -64,12 +113,12 @@ impl Driver for Throttle {
     }
 
     async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
-        self.member.pass(Direction::Write, span.len).await;
+        self.member.load_full().pass(Direction::Write, span.len).await;
         self.file.zero(span, flags).await
     }
 
     async fn discard(&self, span: Span) -> IoResult {
-        self.member.pass(Direction::Write, span.len).await;
+        self.member.load_full().pass(Direction::Write, span.len).await;
         self.file.discard(span).await
     }
 
@@ -81,15 +130,21 @@ impl Driver for Throttle {
         self.file.truncate(size, exact, prealloc).await
     }
 
+    fn reopen(&self) -> Option<&dyn Reopen> {
+        Some(self)
+    }
+
     fn reservations(&self) -> Option<&dyn Reservations> {
         Some(&*self.file)
     }
 
     fn drain_begin(&self) {
-        self.member.release();
+        self.drains.fetch_add(1, Ordering::Relaxed);
+        self.member.load().release();
     }
 
     fn drain_end(&self) {
-        self.member.hold();
+        self.drains.fetch_sub(1, Ordering::Relaxed);
+        self.member.load().hold();
     }
 }

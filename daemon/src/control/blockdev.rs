@@ -1,13 +1,17 @@
 //! Nodes: made, resized, deleted.
 
 use super::Control;
-use qapi::types::block::{BlockResize, BlockdevDel, BlockdevOptions};
+use qapi::types::block::{BlockResize, BlockdevDel, BlockdevOptions, BlockdevReopen};
 use qapi::{Error, Result};
 
 impl Control {
     /// `blockdev-add` and `--blockdev`.
     pub async fn blockdev_add(&mut self, options: BlockdevOptions) -> Result<()> {
         self.graph.add(&options).await.map(|_| ())
+    }
+
+    pub(super) async fn blockdev_reopen(&mut self, args: BlockdevReopen) -> Result<()> {
+        self.graph.reopen(args.options).await
     }
 
     pub(super) async fn blockdev_del(&mut self, args: BlockdevDel) -> Result<()> {

@@ -71,6 +71,7 @@ pub const COMMANDS: &[Row] = commands! {
     QueryChardev => query_chardev,
     QueryChardevBackends => query_chardev_backends,
     BlockdevOptions => blockdev_add,
+    BlockdevReopen => blockdev_reopen,
     BlockdevDel => blockdev_del,
     BlockResize => block_resize,
     XBlockdevCheck => x_blockdev_check,

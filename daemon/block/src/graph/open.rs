@@ -1,5 +1,6 @@
 //! Opens the nodes of a `blockdev-add`, aside of the graph, and takes them in when all of them stand.
 
+use super::permissions::Overlay;
 use super::{Graph, link, permissions, unlink_children};
 use crate::driver::{DynDriver, LocalFuture};
 use crate::edge::{Edge, Parent, Role};
@@ -37,6 +38,8 @@ pub struct OpenContext<'g> {
     /// Common options of the node being opened, as in force: given, inherited or default.
     pub options: NodeOptions,
     children: Vec<Arc<Edge>>,
+    /// Those children that are defined inside the node being opened.
+    own: Vec<Arc<Node>>,
     nesting: u32,
     /// All nodes opened so far for this command, children before parents.
     opened: Vec<Arc<Node>>,
@@ -68,12 +71,16 @@ impl OpenContext<'_> {
                 let outer_name = Arc::clone(&self.name);
                 let outer_options = std::mem::take(&mut self.options);
                 let outer_children = std::mem::take(&mut self.children);
+                let outer_own = std::mem::take(&mut self.own);
                 let node = Box::pin(self.open_node(options, &inherited, false)).await;
                 self.name = outer_name;
                 self.options = outer_options;
                 self.children = outer_children;
+                self.own = outer_own;
                 self.nesting -= 1;
-                node?
+                let node = node?;
+                self.own.push(Arc::clone(&node));
+                node
             }
         };
         let edge = Arc::new(Edge::new(name, role, node, Parent::Node(OnceLock::new())));
@@ -124,11 +131,16 @@ impl OpenContext<'_> {
         self.options = effective(options, inherited)?;
         let opener = Arc::clone(&self.graph.opener);
         let driver = opener.open(self, options).await?;
-        self.make_node(name, driver).await
+        self.make_node(name, driver, Some(Arc::new(options.clone()))).await
     }
 
     /// A node of an open driver, linked to its children but not in the graph yet.
-    async fn make_node(&mut self, name: String, driver: Box<dyn DynDriver>) -> Result<Arc<Node>> {
+    async fn make_node(
+        &mut self,
+        name: String,
+        driver: Box<dyn DynDriver>,
+        given: Option<Arc<BlockdevOptions>>,
+    ) -> Result<Arc<Node>> {
         let length = match driver.length().await {
             Ok(length) => length,
             Err(errno) => {
@@ -138,11 +150,15 @@ impl OpenContext<'_> {
         };
         let children = std::mem::take(&mut self.children);
         let node = Arc::new(Node::new(name, driver, self.options.clone(), length, children));
+        node.links().given = given;
         for edge in node.children() {
             if let Parent::Node(parent) = &edge.parent {
                 let _ = parent.set(Arc::downgrade(&node));
             }
             link(&edge);
+        }
+        for child in self.own.drain(..) {
+            child.links().owner = Arc::downgrade(&node);
         }
         self.opened.push(Arc::clone(&node));
         Ok(node)
@@ -176,7 +192,7 @@ impl OpenContext<'_> {
     /// The commit of an addition: permissions, then names.
     async fn take_in(mut self, root: Result<Arc<Node>>) -> Result<Arc<Node>> {
         let done = match root {
-            Ok(root) => match permissions::plan(std::slice::from_ref(&root), &[]) {
+            Ok(root) => match permissions::plan(std::slice::from_ref(&root), &[], &Overlay::default(), &[]) {
                 Ok(plan) => plan.carry_out().await.map(|()| root),
                 Err(error) => Err(error),
             },
@@ -225,7 +241,7 @@ fn cannot_tell_length(name: &str, errno: Errno) -> Error {
 }
 
 /// What a child that is defined inside its parent's options takes from it, where it says nothing itself.
-fn inherit(parent: &NodeOptions, role: Role) -> NodeOptions {
+pub(super) fn inherit(parent: &NodeOptions, role: Role) -> NodeOptions {
     NodeOptions {
         read_only: parent.read_only || role == Role::Backing,
         auto_read_only: parent.auto_read_only && role != Role::Backing,
@@ -238,7 +254,7 @@ fn inherit(parent: &NodeOptions, role: Role) -> NodeOptions {
     }
 }
 
-fn effective(given: &BlockdevOptions, inherited: &NodeOptions) -> Result<NodeOptions> {
+pub(super) fn effective(given: &BlockdevOptions, inherited: &NodeOptions) -> Result<NodeOptions> {
     let cache = given.cache.as_ref();
     let options = NodeOptions {
         read_only: given.read_only.unwrap_or(inherited.read_only),
@@ -282,7 +298,7 @@ impl Graph {
     pub async fn adopt(&mut self, name: &str, driver: Box<dyn DynDriver>, options: NodeOptions) -> Result<Arc<Node>> {
         let mut cx = self.open_context(options);
         let root = match cx.choose_name(Some(name), true) {
-            Ok(name) => cx.make_node(name, driver).await,
+            Ok(name) => cx.make_node(name, driver, None).await,
             Err(error) => {
                 driver.close().await;
                 Err(error)
@@ -297,6 +313,14 @@ impl Graph {
     }
 
     fn open_context(&mut self, options: NodeOptions) -> OpenContext<'_> {
-        OpenContext { graph: self, name: "".into(), options, children: Vec::new(), nesting: 0, opened: Vec::new() }
+        OpenContext {
+            graph: self,
+            name: "".into(),
+            options,
+            children: Vec::new(),
+            own: Vec::new(),
+            nesting: 0,
+            opened: Vec::new(),
+        }
     }
 }

@@ -1,15 +1,15 @@
 //! Opening: what the options ask for, and whether the file is what the driver is for.
 
 use super::permissions::Locks;
-use super::{Able, FileDriver, Medium, Writing};
-use arc_swap::ArcSwapOption;
+use super::{Able, FileDriver, Medium, Settings};
+use arc_swap::{ArcSwap, ArcSwapOption};
 use block::OpenContext;
 use io::{Access, Engine, File, FileKind, ImageLock, IoThread, Locking, OpenHow};
 use qapi::types::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
 use qapi::{Error, Result};
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicI32, AtomicU64};
-use std::sync::{Arc, Mutex};
 
 /// Opens a regular file (`file`).
 ///
@@ -32,12 +32,7 @@ async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOption
     if filename.is_empty() {
         return Err(Error::generic(format!("The '{name}' block driver requires a file name")));
     }
-    let writing = match (node.read_only, node.auto_read_only) {
-        (true, _) => Writing::Never,
-        (false, false) => Writing::Always,
-        (false, true) => Writing::WhenNeeded,
-    };
-    let access = if writing == Writing::Always { Access::ReadWrite } else { Access::ReadOnly };
+    let access = if node.read_only || node.auto_read_only { Access::ReadOnly } else { Access::ReadWrite };
     let how = OpenHow { access, direct: node.direct, engine: engine(options.aio, node.direct)? };
     let manager = options.pr_manager.as_deref().map(|id| cx.reservation_manager(id)).transpose()?;
     let mut file = open_checked(name, filename, how).await?;
@@ -61,10 +56,9 @@ async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOption
         name,
         filename: filename.to_owned(),
         medium,
-        writing,
-        force_share: node.force_share,
-        how,
-        align,
+        engine: how.engine,
+        native: options.aio == Some(BlockdevAioOptions::Native),
+        settings: ArcSwap::from_pointee(Settings::new(node, align)),
         file: ArcSwapOption::from_pointee(file),
         locks: Mutex::new(Locks::new(lock)),
         able: Able::default(),
@@ -86,7 +80,7 @@ async fn open_checked(name: &str, filename: &str, how: OpenHow) -> Result<File> 
         Ok(file) => file,
         Err(e) if how.direct && e.raw_os_error() == Some(block::Errno::EINVAL as i32) => {
             return Err(match File::open(path, OpenHow { direct: false, ..how }).await {
-                Ok(_) => Error::generic(format!("Could not open '{filename}': filesystem does not support O_DIRECT")),
+                Ok(_) => no_direct_io(filename),
                 Err(_) => could_not(e),
             });
         }
@@ -114,9 +108,7 @@ fn engine(aio: Option<BlockdevAioOptions>, direct: bool) -> Result<Engine> {
     match aio {
         None => Ok(Engine::Ring),
         Some(BlockdevAioOptions::Threads) => Ok(Engine::Threads),
-        Some(BlockdevAioOptions::Native) if !direct => {
-            Err(Error::generic("aio=native was specified, but it requires cache.direct=on, which was not specified."))
-        }
+        Some(BlockdevAioOptions::Native) if !direct => Err(native_needs_direct()),
         Some(BlockdevAioOptions::Native) => Ok(Engine::Ring),
         // Whoever asks for it by name hears if there is none.
         Some(BlockdevAioOptions::IoUring) => match IoThread::current() {
@@ -129,6 +121,14 @@ fn engine(aio: Option<BlockdevAioOptions>, direct: bool) -> Result<Engine> {
     }
 }
 
+pub(super) fn native_needs_direct() -> Error {
+    Error::generic("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+}
+
+pub(super) fn no_direct_io(filename: &str) -> Error {
+    Error::generic(format!("Could not open '{filename}': filesystem does not support O_DIRECT"))
+}
+
 fn max_batch(given: Option<i64>) -> Result<u32> {
     let max = given.unwrap_or(0);
     if max < 0 {
@@ -136,13 +136,4 @@ fn max_batch(given: Option<i64>) -> Result<u32> {
     }
     // More than the ring holds is no limit either.
     Ok(u32::try_from(max).unwrap_or(0))
-}
-
-impl FileDriver {
-    /// The same file opened again, for other access.
-    pub(super) async fn open_again(&self, file: &File, access: Access) -> Result<Arc<File>> {
-        let how = OpenHow { access, ..self.how };
-        let again = file.reopen(how).await;
-        again.map(Arc::new).map_err(|e| Error::io(format!("Could not open '{}'", self.filename), e))
-    }
 }

@@ -3,7 +3,7 @@
 //! Both happen in the two phases of a change of permissions: `prepare` gets what the new users need and keeps what the old
 //! ones need; `commit` or `abort` gives up the rest and cannot fail.
 
-use super::{FileDriver, Writing};
+use super::{FileDriver, Settings, Writing};
 use block::Perms;
 use block::perm::Bits;
 use io::{Access, File, ImageLock, LockError, LockSet};
@@ -17,44 +17,48 @@ pub(super) struct Locks {
     lock: Option<ImageLock>,
     set: LockSet,
     pending: Option<Pending>,
+    /// Settings that come in force with the permissions that are prepared next.
+    pub(super) reopening: Option<Settings>,
 }
 
 /// What a change of permissions has prepared.
 #[derive(Debug)]
 struct Pending {
     set: LockSet,
+    settings: Settings,
     /// The file that replaces the current one, with its locks.
     next: Option<(Arc<File>, Option<ImageLock>)>,
 }
 
 impl Locks {
     pub(super) fn new(lock: Option<ImageLock>) -> Self {
-        Self { lock, set: LockSet::NONE, pending: None }
+        Self { lock, set: LockSet::NONE, pending: None, reopening: None }
     }
 }
 
 impl FileDriver {
     /// The lock bytes for what the users need and share. They may share a resize with each other, as it goes through the
     /// graph and tells them; no other process may resize the file under any of them.
-    fn lock_set(&self, new: Perms) -> LockSet {
+    fn lock_set(force_share: bool, new: Perms) -> LockSet {
         let outsiders = if new.need.is_empty() { new.shared } else { new.shared & !Bits::RESIZE };
-        let unshared = if self.force_share { Bits::NONE } else { !outsiders };
+        let unshared = if force_share { Bits::NONE } else { !outsiders };
         LockSet { held: new.need.bits(), unshared: unshared.bits() }
     }
 
     pub(super) async fn prepare(&self, new: Perms) -> Result<()> {
         let file = self.file().map_err(|e| Error::io(format!("'{}' is closed", self.filename), e.into()))?;
-        let set = self.lock_set(new);
-        let (lock, old) = {
+        let (lock, old, reopening) = {
             let locks = self.locks();
-            (locks.lock.clone(), locks.set)
+            (locks.lock.clone(), locks.set, locks.reopening)
         };
+        let mut settings = reopening.unwrap_or_else(|| self.settings());
+        let set = Self::lock_set(settings.force_share, new);
         if let Some(lock) = &lock
             && set != old
         {
             lock.prepare(old, set).await.map_err(|e| self.lock_error(&e))?;
         }
-        let next = match self.other_access(&file, new, set, lock.as_ref()).await {
+        let next = match self.other_opening(&file, new, &mut settings, set, lock.as_ref()).await {
             Ok(next) => next,
             Err(error) => {
                 if let Some(lock) = &lock {
@@ -63,24 +67,26 @@ impl FileDriver {
                 return Err(error);
             }
         };
-        self.locks().pending = Some(Pending { set, next });
+        self.locks().pending = Some(Pending { set, settings, next });
         Ok(())
     }
 
-    /// The file opened for what the new users do, if that is not how it is open.
-    async fn other_access(
+    /// The file opened for what the new users do and as the settings say, if that is not how it is open.
+    async fn other_opening(
         &self,
         file: &File,
         new: Perms,
+        settings: &mut Settings,
         set: LockSet,
         lock: Option<&ImageLock>,
     ) -> Result<Option<(Arc<File>, Option<ImageLock>)>> {
-        if self.writing != Writing::WhenNeeded {
-            return Ok(None);
-        }
-        let writes = new.need.intersects(Bits::WRITE | Bits::WRITE_UNCHANGED | Bits::RESIZE);
+        let writes = match settings.writing {
+            Writing::Never => false,
+            Writing::Always => true,
+            Writing::WhenNeeded => new.need.intersects(Bits::WRITE | Bits::WRITE_UNCHANGED | Bits::RESIZE),
+        };
         let access = if writes { Access::ReadWrite } else { Access::ReadOnly };
-        if access == file.access() {
+        if access == file.access() && settings.direct == file.is_direct() {
             return Ok(None);
         }
         if access == Access::ReadOnly {
@@ -88,12 +94,18 @@ impl FileDriver {
             // the next flush says so.
             let _ = self.sync(file).await;
         }
-        let again = match self.open_again(file, access).await {
+        let again = match self.open_again(file, access, settings.direct).await {
             Ok(again) => again,
             // To stay writable does no harm.
-            Err(_) if access == Access::ReadOnly => return Ok(None),
+            Err(_) if settings.writing == Writing::WhenNeeded && settings.direct == file.is_direct() && !writes => {
+                return Ok(None);
+            }
             Err(error) => return Err(error),
         };
+        if settings.direct != file.is_direct() {
+            let failed = |e| Error::io(format!("Could not find the alignment of direct I/O on '{}'", self.filename), e);
+            settings.align = again.direct_align().await.map_err(failed)?;
+        }
         let lock = match lock {
             None => None,
             Some(lock) => {
@@ -107,8 +119,9 @@ impl FileDriver {
 
     pub(super) fn commit(&self) {
         let mut locks = self.locks();
-        let Some(Pending { set, next }) = locks.pending.take() else { return };
+        let Some(Pending { set, settings, next }) = locks.pending.take() else { return };
         let old = std::mem::replace(&mut locks.set, set);
+        self.settings.store(Arc::new(settings));
         match next {
             None => {
                 if let Some(lock) = &locks.lock {
@@ -127,7 +140,7 @@ impl FileDriver {
 
     pub(super) fn abort(&self) {
         let mut locks = self.locks();
-        if let Some(Pending { set, next }) = locks.pending.take() {
+        if let Some(Pending { set, next, .. }) = locks.pending.take() {
             if let Some(lock) = &locks.lock {
                 lock.settle(union(locks.set, set), locks.set);
             }

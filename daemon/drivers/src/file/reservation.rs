@@ -62,11 +62,12 @@ impl FileDriver {
     /// The file, open for writing if the command changes something and the node may write.
     async fn device_for(&self, action: Action) -> Result<Arc<File>, Problem> {
         let file = self.file().map_err(|_| Problem::new(Sense::NO_MEDIUM, format!("'{}' is closed", self.filename)))?;
-        if !action.is_out() || self.writing != Writing::WhenNeeded || file.access() == Access::ReadWrite {
+        let settings = self.settings();
+        if !action.is_out() || settings.writing != Writing::WhenNeeded || file.access() == Access::ReadWrite {
             return Ok(file);
         }
         // No user writes at the moment. Reservations are the device's, not the image's: they need no lock.
-        let again = self.open_again(&file, Access::ReadWrite).await;
+        let again = self.open_again(&file, Access::ReadWrite, settings.direct).await;
         again.map_err(|error| Problem::new(Sense::INVALID_OPCODE, error.to_string()))
     }
 }

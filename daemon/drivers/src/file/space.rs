@@ -117,7 +117,7 @@ impl FileDriver {
         if !precise || !matches!(self.medium, Medium::Regular) {
             return Ok(data(span.len));
         }
-        let unit = u64::from(self.align.offset).max(SECTOR);
+        let unit = u64::from(self.settings().align.offset).max(SECTOR);
         let extent = file.extent_at(span.at).await.map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
         Ok(match extent {
             Extent::Unknown => data(span.len),
@@ -193,7 +193,7 @@ impl FileDriver {
         let failed = |e: Errno| Error::io("Could not write zeros for preallocation", e.into());
         let buffered;
         let file = if file.is_direct() {
-            let how = OpenHow { access: io::Access::ReadWrite, direct: false, engine: self.how.engine };
+            let how = OpenHow { access: io::Access::ReadWrite, direct: false, engine: self.engine };
             buffered = file.reopen(how).await.map_err(|e| Error::io("Could not write zeros for preallocation", e))?;
             &buffered
         } else {

@@ -3,8 +3,8 @@
 use super::image::Qcow2;
 use block::check::Check;
 use block::driver::Prealloc;
-use block::perm::Bits;
-use block::{Driver, Edge, Facts, IoResult, Mapping, Perms, Role, Span, Support, WriteFlags, ZeroFlags};
+use block::reopen::{Backing, Reopen};
+use block::{Driver, Edge, Facts, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::Result;
 
@@ -65,20 +65,15 @@ impl Driver for Qcow2 {
 
     /// The image file is ours as long as the node lives: metadata is written without users as well.
     fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms {
-        let writes = if self.read_only { Bits::NONE } else { Bits::WRITE | Bits::RESIZE };
-        match child.role() {
-            Role::Backing => Perms {
-                need: of_node.need & Bits::CONSISTENT_READ,
-                shared: Bits::CONSISTENT_READ
-                    | Bits::WRITE_UNCHANGED
-                    | if of_node.shared.contains(Bits::WRITE) { Bits::WRITE | Bits::RESIZE } else { Bits::NONE },
-            },
-            _ => Perms {
-                need: Bits::CONSISTENT_READ | writes,
-                shared: (of_node.shared | Bits::CONSISTENT_READ | Bits::WRITE_UNCHANGED)
-                    & !(Bits::WRITE | Bits::RESIZE),
-            },
-        }
+        Self::child_perms_as(self.is_read_only(), child, of_node)
+    }
+
+    fn reopen(&self) -> Option<&dyn Reopen> {
+        Some(self)
+    }
+
+    fn backing(&self) -> Option<&dyn Backing> {
+        Some(self)
     }
 
     fn check_control(&self) -> Option<&dyn Check> {

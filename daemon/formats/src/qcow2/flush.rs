@@ -217,7 +217,7 @@ impl Qcow2 {
 
     /// The last flush. Nothing is in flight.
     pub(super) async fn close_image(&self) {
-        if self.read_only || !self.prepared.initialized() {
+        if self.is_read_only() || !self.prepared.initialized() {
             return;
         }
         // Clusters that wait for nobody any more are freed by the second one, which writes their counts.

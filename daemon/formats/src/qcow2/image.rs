@@ -10,6 +10,7 @@ use super::epoch::Epochs;
 use super::extensions::Extensions;
 use super::header::Header;
 use super::refcount::{Refcounts, SECTOR};
+use arc_swap::ArcSwapOption;
 use block::overlap::Overlap;
 use block::{Edge, Errno, IoResult};
 use std::collections::BTreeSet;
@@ -59,13 +60,16 @@ pub(super) struct Turn {
 pub struct Qcow2 {
     pub(super) file: Arc<Edge>,
     pub(super) data_file: Option<Arc<Edge>>,
-    pub(super) backing: Option<Arc<Edge>>,
+    /// What shows through where the image stores nothing. Replaced by the control task, while nothing is in flight.
+    pub(super) backing: ArcSwapOption<Edge>,
+    /// The name that the image has for it.
+    pub(super) backing_name: Option<String>,
     pub(super) shape: Shape,
     /// Guards the header as it is in the image. Changed by flushes only, one at a time.
     pub(super) header: Mutex<Header>,
     pub(super) extensions: Extensions,
     pub(super) raw_data: bool,
-    pub(super) read_only: bool,
+    pub(super) read_only: AtomicBool,
     pub(super) pass_discard: PassDiscard,
     /// Length of the guest's disk.
     pub(super) size: AtomicU64,
@@ -258,7 +262,7 @@ impl Qcow2 {
 
     /// Whether `range` of the guest's disk reads as zero where it is not in this image.
     pub(super) fn backing_is_zero(&self, range: &Range<u64>) -> bool {
-        self.backing.as_ref().is_none_or(|backing| range.start >= backing.size())
+        self.backing.load().as_ref().is_none_or(|backing| range.start >= backing.size())
     }
 
     /// Notes that the image is damaged; the errno of the request that found it.

@@ -31,6 +31,7 @@ mod join;
 mod open;
 mod read;
 mod refcount;
+mod reopen;
 mod repair;
 mod resize;
 mod snapshot;

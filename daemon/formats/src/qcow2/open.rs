@@ -28,8 +28,8 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2) -> R
     let file = cx.child("file", Role::Image, &options.file).await?;
     let start = Start::read(&file).await?;
     let read_only = cx.options.read_only;
-    start.check_features(read_only)?;
     let (header, extensions) = (&start.header, &start.extensions);
+    check_features(header, extensions, read_only)?;
     let caches = Caches::choose(options, header)?;
     let table = read_table(&file, "L1 table", header.l1_at, u64::from(header.l1_entries) * 8).await?;
     let l1 = L1 {
@@ -54,7 +54,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2) -> R
     Ok(Qcow2 {
         shape,
         raw_data: header.autoclear & header::RAW_DATA_FILE != 0,
-        read_only,
+        read_only: read_only.into(),
         pass_discard: PassDiscard {
             request: options.pass_discard_request.unwrap_or(true),
             other: options.pass_discard_other.unwrap_or(false),
@@ -77,7 +77,8 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2) -> R
         extensions: start.extensions,
         file,
         data_file,
-        backing,
+        backing: backing.into(),
+        backing_name: start.backing_name,
     })
 }
 
@@ -125,26 +126,27 @@ impl Start {
         read.map_err(|errno| Error::io("Could not read qcow2 header", errno.into()))?;
         Ok(buf.to_vec())
     }
+}
 
-    fn check_features(&self, read_only: bool) -> Result<()> {
-        let unknown = self.header.unknown_incompatible();
-        if unknown != 0 {
-            let names = self.extensions.name_features(unknown);
-            return Err(Error::generic(format!("Unsupported qcow2 feature(s): {names}")));
-        }
-        match self.header.crypt {
-            0 if !self.extensions.crypto => {}
-            0..=2 => return Err(Error::generic("The image is encrypted, which is not supported")),
-            other => return Err(Error::generic(format!("Unsupported encryption method {other}"))),
-        }
-        if read_only {
-            return Ok(());
-        }
-        if self.header.incompatible & header::CORRUPT != 0 {
-            return Err(Error::generic("qcow2: Image is corrupt; cannot be opened read/write"));
-        }
-        Ok(())
+/// Whether the image can be used at all, and written to unless `read_only`.
+pub(super) fn check_features(header: &Header, extensions: &Extensions, read_only: bool) -> Result<()> {
+    let unknown = header.unknown_incompatible();
+    if unknown != 0 {
+        let names = extensions.name_features(unknown);
+        return Err(Error::generic(format!("Unsupported qcow2 feature(s): {names}")));
     }
+    match header.crypt {
+        0 if !extensions.crypto => {}
+        0..=2 => return Err(Error::generic("The image is encrypted, which is not supported")),
+        other => return Err(Error::generic(format!("Unsupported encryption method {other}"))),
+    }
+    if read_only {
+        return Ok(());
+    }
+    if header.incompatible & header::CORRUPT != 0 {
+        return Err(Error::generic("qcow2: Image is corrupt; cannot be opened read/write"));
+    }
+    Ok(())
 }
 
 /// Sizes of the caches in bytes.

@@ -36,7 +36,7 @@ impl Qcow2 {
     async fn read_piece(&self, at: u64, place: Where, buf: IoBuf) -> IoResult {
         match place {
             Where::Zero(_) => buf.fill(0),
-            Where::Backing => match &self.backing {
+            Where::Backing => match self.backing.load_full() {
                 Some(backing) => backing.read(at, &buf).await?,
                 None => buf.fill(0),
             },
@@ -72,7 +72,7 @@ impl Qcow2 {
         Ok(match place {
             Where::Zero(None) => nothing,
             Where::Zero(Some(host)) => Mapping { at: Some(host), child: Some(data), ..nothing },
-            Where::Backing => Mapping { allocated: false, zero: self.backing.is_none(), ..nothing },
+            Where::Backing => Mapping { allocated: false, zero: self.backing.load().is_none(), ..nothing },
             // Holes below are not looked for in a data file, as in the reference: what is stored there is data.
             Where::Data(host) => {
                 Mapping { child: self.data_file.is_none().then_some(data), ..Mapping::data(len, host) }

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 impl Check for Qcow2 {
     fn check(&self, fix: Fix) -> LocalFuture<'_, Result<Found>> {
         Box::pin(async move {
-            if fix != Fix::Nothing && self.read_only {
+            if fix != Fix::Nothing && self.is_read_only() {
                 return Err(Error::generic("The node is read-only, so nothing can be repaired"));
             }
             self.settle().await.map_err(|errno| Error::io("Could not write the image out", errno.into()))?;
@@ -30,7 +30,7 @@ impl Qcow2 {
     /// # Errors
     /// It cannot be repaired.
     pub(super) async fn repair_dirty(&self) -> Result<()> {
-        if self.read_only || self.header_now().incompatible & header::DIRTY == 0 {
+        if self.is_read_only() || self.header_now().incompatible & header::DIRTY == 0 {
             return Ok(());
         }
         let found = self.check_settled(Fix::All).await;
@@ -52,7 +52,7 @@ impl Qcow2 {
 
     /// Nothing waits to be written or freed afterwards. Nothing is in flight.
     async fn settle(&self) -> IoResult {
-        if self.read_only || self.check_sound().is_err() {
+        if self.is_read_only() || self.check_sound().is_err() {
             return Ok(());
         }
         for _ in 0..4 {

@@ -57,7 +57,7 @@ impl Qcow2 {
             self.grow_l1(needed).await?;
         }
         // What was behind the old end must not show: rests in the last cluster, or the backing file.
-        let shown = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let shown = self.backing.load().as_ref().map_or(0, |backing| backing.size());
         let end = size.min(old.next_multiple_of(self.shape.cluster()).max(shown));
         if old < end {
             self.hide(old, end).await?;

@@ -33,7 +33,7 @@ impl Qcow2 {
 
     /// Gives up `span`, whole clusters: they read as zero where the format can say so.
     pub(super) async fn discard_guest(&self, span: Span) -> IoResult {
-        if self.shape.version < 3 && self.backing.is_some() {
+        if self.shape.version < 3 && self.backing.load().is_some() {
             // The backing file's old bytes would show through.
             return Err(Errno::ENOTSUP);
         }
@@ -43,8 +43,8 @@ impl Qcow2 {
             return self.zero_guest(span, flags).await;
         }
         let _inside = self.epochs.enter();
-        self.each_slice(span, self.backing.is_some(), |entry, mask| {
-            if mask != self.shape.all() || (entry.place == Place::None && self.backing.is_none()) {
+        self.each_slice(span, self.backing.load().is_some(), |entry, mask| {
+            if mask != self.shape.all() || (entry.place == Place::None && self.backing.load().is_none()) {
                 return Ok(entry);
             }
             let place = match entry.place {

@@ -212,6 +212,16 @@ pub struct BlockdevOptionsRaw {
     pub size: Option<i64>,
 }
 
+/// Gives nodes new options, all of them or none. What is left out has its default again; what a driver cannot change must
+/// stay as it is. A child is kept by its name, replaced by the name of another node, or defined again if it was made inside
+/// its node; a `backing` of null is none. `backing` must be given where there is a backing file or the image names one.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(command = "blockdev-reopen", since = "6.1")]
+pub struct BlockdevReopen {
+    /// The options of each node, with its `node-name`.
+    pub options: Vec<BlockdevOptions>,
+}
+
 /// Removes a node that nothing uses.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(command = "blockdev-del", since = "2.9")]

@@ -1,0 +1,57 @@
+//! Options that change while the file is open: `read-only`, `auto-read-only`, `force-share` and `cache.direct`.
+//!
+//! They take the way of permissions: the file is opened again and locked when the permissions that come with them are
+//! prepared, and replaced when they are committed.
+
+use super::{FileDriver, Settings, open};
+use block::Errno;
+use block::driver::LocalFuture;
+use block::reopen::{NewOptions, Prepared, Reopen};
+use io::{Access, File, OpenHow};
+use qapi::{Error, Result};
+use std::sync::Arc;
+
+/// Settings that wait for the permissions that come with them.
+struct Waiting<'a>(&'a FileDriver);
+
+impl Reopen for FileDriver {
+    fn mutable(&self) -> &'static [&'static str] {
+        &["drop-cache"]
+    }
+
+    fn prepare<'a>(&'a self, new: &'a NewOptions<'_>) -> LocalFuture<'a, Result<Box<dyn Prepared + 'a>>> {
+        Box::pin(async move {
+            if self.native && !new.after.direct {
+                return Err(open::native_needs_direct());
+            }
+            self.locks().reopening = Some(Settings::new(new.after, self.settings().align));
+            let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting(self));
+            Ok(waiting)
+        })
+    }
+}
+
+impl Prepared for Waiting<'_> {
+    /// The commit of the permissions has put the settings in force.
+    fn commit(self: Box<Self>) {}
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.locks().reopening = None;
+    }
+}
+
+impl FileDriver {
+    /// The same file opened again, for other access.
+    pub(super) async fn open_again(&self, file: &File, access: Access, direct: bool) -> Result<Arc<File>> {
+        let how = OpenHow { access, direct, engine: self.engine };
+        match file.reopen(how).await {
+            Ok(again) => Ok(Arc::new(again)),
+            Err(e) if direct && !file.is_direct() && e.raw_os_error() == Some(Errno::EINVAL as i32) => {
+                Err(open::no_direct_io(&self.filename))
+            }
+            Err(e) => Err(Error::io(format!("Could not open '{}'", self.filename), e)),
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Options and the backing file of an open image change.
+
+use super::header;
+use super::image::Qcow2;
+use super::open::check_features;
+use block::driver::LocalFuture;
+use block::perm::Bits;
+use block::reopen::{Backing, NewOptions, Prepared, Reopen};
+use block::{Edge, Errno, Node, Perms, Role};
+use qapi::{Error, Result};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Options that wait to be put in force.
+struct Waiting<'a> {
+    image: &'a Qcow2,
+    read_only: bool,
+}
+
+impl Reopen for Qcow2 {
+    fn mutable(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn prepare<'a>(&'a self, new: &'a NewOptions<'_>) -> LocalFuture<'a, Result<Box<dyn Prepared + 'a>>> {
+        Box::pin(async move {
+            let read_only = new.after.read_only;
+            if self.is_read_only() && !read_only {
+                let header = self.header_now();
+                check_features(&header, &self.extensions, false)?;
+                if header.incompatible & header::DIRTY != 0 {
+                    return Err(Error::generic(
+                        "The image was not closed properly: it is repaired when it is opened for writing, not when it is reopened",
+                    ));
+                }
+            }
+            let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting { image: self, read_only });
+            Ok(waiting)
+        })
+    }
+}
+
+impl Prepared for Waiting<'_> {
+    fn child_perms(&self, child: &Edge, of_node: Perms) -> Option<Perms> {
+        Some(Qcow2::child_perms_as(self.read_only, child, of_node))
+    }
+
+    /// What is left to be written must be, as long as it can be.
+    fn drained(&mut self) -> LocalFuture<'_, Result<()>> {
+        Box::pin(async {
+            if self.read_only && !self.image.is_read_only() {
+                self.image.close_image().await;
+                if !self.image.is_clean() {
+                    return Err(Error::io("Could not write the metadata of the image", Errno::EIO.into()));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn commit(self: Box<Self>) {
+        self.image.read_only.store(self.read_only, Ordering::Release);
+    }
+}
+
+impl Backing for Qcow2 {
+    fn named(&self) -> Option<String> {
+        self.backing_name.clone()
+    }
+
+    fn check(&self, node: Option<&Arc<Node>>) -> Result<()> {
+        if node.is_some() && self.raw_data {
+            return Err(Error::generic("An external data file that is raw cannot have a backing file"));
+        }
+        Ok(())
+    }
+
+    fn set(&self, edge: Option<Arc<Edge>>) {
+        self.backing.store(edge);
+    }
+}
+
+impl Qcow2 {
+    /// Whether the image is never written to.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// What the image needs of and shares on `child` if it is read-only or not.
+    pub(super) fn child_perms_as(read_only: bool, child: &Edge, of_node: Perms) -> Perms {
+        let writes = if read_only { Bits::NONE } else { Bits::WRITE | Bits::RESIZE };
+        match child.role() {
+            Role::Backing => Perms {
+                need: of_node.need & Bits::CONSISTENT_READ,
+                shared: Bits::CONSISTENT_READ
+                    | Bits::WRITE_UNCHANGED
+                    | if of_node.shared.contains(Bits::WRITE) { Bits::WRITE | Bits::RESIZE } else { Bits::NONE },
+            },
+            _ => Perms {
+                need: Bits::CONSISTENT_READ | writes,
+                shared: (of_node.shared | Bits::CONSISTENT_READ | Bits::WRITE_UNCHANGED)
+                    & !(Bits::WRITE | Bits::RESIZE),
+            },
+        }
+    }
+}
