@@ -230,7 +230,7 @@ impl Graph {
                 .iter()
                 .zip(&news)
                 .map(|(new, (before, children))| NewOptions {
-                    before: &**before,
+                    before,
                     after: &new.options,
                     driver: &new.given.driver,
                     children,
