@@ -21,6 +21,8 @@ pub enum Kind {
     NbdServer,
     /// `--object`
     Object,
+    /// `--sandbox`
+    Sandbox,
     /// `--trace`
     Trace,
     /// Not an option.
@@ -34,6 +36,7 @@ const ORDERED: &[(&str, Kind)] = &[
     ("monitor", Kind::Monitor),
     ("nbd-server", Kind::NbdServer),
     ("object", Kind::Object),
+    ("sandbox", Kind::Sandbox),
     ("trace", Kind::Trace),
     ("unexpected", Kind::Unexpected),
 ];
@@ -134,6 +137,14 @@ pub fn command() -> Command {
                 "PATH",
                 "Write the process ID to this file when everything is set up, keep it locked,\n\
                  and remove it at the end",
+            ),
+            option(
+                "sandbox",
+                "[mode=]default|strict|off[,paths.0=PATH,paths.1=PATH...]",
+                "What the process gives up before it serves. default: programs, mounts, other\n\
+                 processes, privileges that serving does not need. strict: also every privilege,\n\
+                 and all files but those that the other options name and what is below each PATH.\n\
+                 off: nothing",
             ),
             option(
                 "trace",

@@ -31,6 +31,7 @@ pub use monitor::version_info;
 pub use table::schema;
 
 use crate::events::Events;
+use crate::sandbox::InForce;
 use block::Graph;
 use block::driver::LocalFuture;
 use qapi::{Error, Result, Value};
@@ -112,13 +113,14 @@ pub struct Control {
     events: Events,
     /// Turns what nodes and exports report into events.
     reports: tokio::task::JoinHandle<()>,
+    sandbox: InForce,
     handle: Handle,
     inbox: mpsc::UnboundedReceiver<Message>,
     quit: bool,
 }
 
 impl Control {
-    /// An empty daemon.
+    /// An empty daemon, of a process that gave up nothing.
     pub fn new(events: Events) -> Self {
         let (sender, inbox) = mpsc::unbounded_channel();
         let drivers = drivers::Drivers::default();
@@ -131,10 +133,16 @@ impl Control {
             objects,
             chardevs: crate::chardev::Chardevs::default(),
             events,
+            sandbox: InForce::default(),
             handle: Handle { sender },
             inbox,
             quit: false,
         }
+    }
+
+    /// The process gave this up.
+    pub fn confined(self, sandbox: InForce) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// The way to this task.

@@ -1,7 +1,8 @@
 //! qemu-storage-daemon: serves disk images without a virtual machine.
 //!
 //! Order of the start, which is also what a reader of this file should keep in mind: read the command line; go to the
-//! background; become an IOThread; carry out the options in order; write the pid file; tell the parent; serve. The end is the
+//! background; open the trace; give up what serving does not need (`sandbox`); become an IOThread; take on the limits of
+//! the control thread; carry out the options in order; write the pid file; tell the parent; serve. The end is the
 //! same backwards: exports, nodes, objects, monitors, pid file.
 #![forbid(unsafe_code)]
 
@@ -14,6 +15,7 @@ mod events;
 mod monitor;
 mod pidfile;
 mod pr_manager;
+mod sandbox;
 mod service;
 mod trace;
 mod version;
@@ -22,14 +24,16 @@ use cli::{Invocation, Kind, Step};
 use control::{Control, Message};
 use events::Events;
 use io::process::{Daemonized, Starting};
+use io::threads::Role;
 use pidfile::PidFile;
 use qapi::keyval::Argument;
 use qapi::opts::ChardevArgument;
 use qapi::types::block::BlockdevOptions;
-use qapi::types::control::MonitorOptions;
+use qapi::types::control::{MonitorOptions, SandboxOptions};
 use qapi::types::export::{BlockExportOptions, NbdServerOptions};
 use qapi::types::qom::ObjectOptions;
 use qapi::{Error, Qapi, Result};
+use sandbox::{Confinement, InForce};
 use std::io::Write;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -96,7 +100,9 @@ fn run(arguments: &[String]) -> Result<(), Stop> {
         None
     };
     start_trace(&steps)?;
-    let main = |_| serve(steps, pidfile, starting);
+    let confinement = confinement(&steps, pidfile.as_deref())?;
+    let sandbox = confinement.take_on()?;
+    let main = |_| serve(steps, pidfile, starting, sandbox);
     io::run_main("main", io::Params::default(), main)
         .map_err(|error| Error::io("cannot start the event loop", error))?
 }
@@ -115,9 +121,32 @@ fn start_trace(steps: &[Step]) -> Result<(), Stop> {
     Ok(trace.start()?)
 }
 
-async fn serve(steps: Vec<Step>, pidfile: Option<String>, starting: Option<Starting>) -> Result<(), Stop> {
+/// What the process gives up, whatever the place of the option.
+fn confinement(steps: &[Step], pidfile: Option<&str>) -> Result<Confinement, Stop> {
+    let mut options = sandbox::DEFAULT;
+    for step in steps.iter().filter(|step| step.kind == Kind::Sandbox) {
+        options = read::<SandboxOptions>(step, Some("mode")).map_err(|stop| in_option(stop, step))?;
+    }
+    Ok(Confinement::new(&options, steps, pidfile))
+}
+
+/// Says which option an error is about.
+fn in_option(stop: Stop, step: &Step) -> Stop {
+    match stop {
+        Stop::Fail(error) => Stop::Fail(error.context(&step.text)),
+        other => other,
+    }
+}
+
+async fn serve(
+    steps: Vec<Step>,
+    pidfile: Option<String>,
+    starting: Option<Starting>,
+    sandbox: InForce,
+) -> Result<(), Stop> {
+    io::threads::enter(Role::Control).map_err(|error| Error::io("cannot enter the sandbox", error))?;
     let events = Events::default();
-    let mut control = Control::new(events.clone());
+    let mut control = Control::new(events.clone()).confined(sandbox);
     if starting.is_some() {
         control.chardevs().go_to_background();
     }
@@ -125,10 +154,7 @@ async fn serve(steps: Vec<Step>, pidfile: Option<String>, starting: Option<Start
     let stopped = stop_on_signals(&control)?;
     let set_up = async {
         for step in &steps {
-            carry_out(step, &mut control, &events, &mut monitors).await.map_err(|stop| match stop {
-                Stop::Fail(error) => Stop::Fail(error.context(&step.text)),
-                other => other,
-            })?;
+            carry_out(step, &mut control, &events, &mut monitors).await.map_err(|stop| in_option(stop, step))?;
         }
         let pidfile = pidfile.as_deref().map(PidFile::create).transpose()?;
         if let Some(starting) = starting {
@@ -211,7 +237,7 @@ async fn carry_out(
             let port = control.chardevs().take_for_monitor(&options.chardev)?;
             monitors.push(monitor::start(port, &options, control.handle(), events)?);
         }
-        Kind::Trace => {}
+        Kind::Trace | Kind::Sandbox => {}
         Kind::Unexpected => return Err(Error::generic("Unexpected argument").into()),
     }
     Ok(())

@@ -106,7 +106,7 @@ impl PrManager {
         let shared = Arc::new(Shared { limits, on_status, state: Mutex::new(state), wake });
         let thread = Arc::clone(&shared);
         let name = format!("PR {id}");
-        std::thread::Builder::new().name(name).spawn(move || thread.run()).map_err(failed)?;
+        ::io::threads::spawn(::io::threads::Role::Reservations, &name, move || thread.run()).map_err(failed)?;
         Ok(Self { shared })
     }
 

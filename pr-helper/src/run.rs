@@ -14,9 +14,9 @@ use crate::pool::{self, Workers};
 use crate::server::Server;
 use crate::trace::{self, Trace};
 use listenfd::ListenFd;
-use sandbox::files::Rule;
+use sandbox::files::{Files, Rule};
 use sandbox::identity::Identity;
-use sandbox::syscall::{Filters, Mode};
+use sandbox::syscall::{Filters, Mode, Refusal};
 use sandbox::{Capability, Plan};
 use sd_notify::NotifyState;
 use std::collections::HashMap;
@@ -77,12 +77,13 @@ pub fn run(options: &Options) -> Result<(), String> {
 
     // 3. to 7. Limits, user, capabilities, privileges, files.
     let made: Vec<&Made> = socket.iter().chain(pidfile.iter().map(|(_, made)| made)).collect();
-    let rules = file_rules(&policy, &made);
+    let files = Files { rules: file_rules(&policy, &made), ..Files::default() };
     let report = sandbox::confine(&Plan {
-        open_files: OWN_FILES + u64::from(options.max_connections) * 8 + u64::from(options.max_commands),
+        open_files: Some(OWN_FILES + u64::from(options.max_connections) * 8 + u64::from(options.max_commands)),
+        secret: true,
         identity,
         capabilities: &[Capability::CAP_SYS_RAWIO],
-        files: (options.sandbox != Sandbox::Off).then_some(&rules),
+        files: (options.sandbox != Sandbox::Off).then_some(&files),
     });
     let report = report.map_err(|e| e.to_string())?;
     // 8. System calls: each thread enters its filter as its first act, this one last.
@@ -156,7 +157,7 @@ fn filters(options: &Options, policy: &Policy, made: &[&Made]) -> Result<Option<
     wire.extend(options.daemon.then_some("wire+background"));
     let roles = [("wire", wire), ("worker", vec!["worker"]), ("logger", vec!["logger"]), ("closer", vec!["closer"])];
     let filters = Filters::compile(sandbox::syscall::PR_HELPER, &roles, mode).map_err(|e| e.to_string())?;
-    sandbox::syscall::name_refused_calls().map_err(|e| e.to_string())?;
+    sandbox::syscall::name_refused_calls(Refusal::End).map_err(|e| e.to_string())?;
     Ok(Some(filters))
 }
 

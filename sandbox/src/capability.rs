@@ -19,9 +19,15 @@ pub fn empty_bounding_set() -> Result<(), Error> {
 pub fn keep(wanted: &[Capability]) -> Result<Vec<Capability>, Error> {
     let permitted = caps::read(None, CapSet::Permitted).map_err(error)?;
     let kept: CapsHashSet = wanted.iter().copied().filter(|c| permitted.contains(c)).collect();
+    let left = wanted.iter().copied().filter(|c| kept.contains(c)).collect();
+    let inheritable = caps::read(None, CapSet::Inheritable).map_err(error)?;
+    if permitted == kept && inheritable.is_empty() {
+        // Nothing is there to be taken, and whoever took it may have forbidden the call as well.
+        return Ok(left);
+    }
     caps::clear(None, CapSet::Ambient).map_err(error)?;
     caps::set(None, CapSet::Effective, &kept).map_err(error)?;
     caps::set(None, CapSet::Permitted, &kept).map_err(error)?;
     caps::clear(None, CapSet::Inheritable).map_err(error)?;
-    Ok(wanted.iter().copied().filter(|c| kept.contains(c)).collect())
+    Ok(left)
 }

@@ -4,7 +4,7 @@
 //!
 //! 1. [`process::close_inherited`], [`process::clear_environment`]: what nobody announced goes.
 //! 2. The program opens what its options name: sockets, pid file, policy.
-//! 3. [`process::limit`]: open files, no core file, no debugger.
+//! 3. limits: open files, no core file, no debugger.
 //! 4. [`identity::Identity::assume`]: groups, group, user; needs the capabilities that the next step takes.
 //! 5. [`capability::keep`]: all sets, the bounding set first since emptying it needs a capability.
 //! 6. `no_new_privs`: no executable can give anything back (and step 8 needs it).
@@ -45,14 +45,16 @@ impl Error {
 /// What a process keeps.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    /// The most descriptors it may have open at a time; lowered only as far as the hard limit allows.
-    pub open_files: u64,
+    /// The most descriptors it may have open at a time, lowered only as far as the hard limit allows; `None` leaves that.
+    pub open_files: Option<u64>,
+    /// Whether its memory is nobody's business: no core file, no debugger.
+    pub secret: bool,
     /// Who it becomes; `None` stays who it is.
     pub identity: Option<identity::Identity>,
     /// Capabilities it keeps, if it has them.
     pub capabilities: &'a [Capability],
     /// Files it may still open; `None` leaves Landlock out.
-    pub files: Option<&'a Vec<files::Rule>>,
+    pub files: Option<&'a files::Files>,
 }
 
 /// What is in force after [`confine`].
@@ -66,7 +68,12 @@ pub struct Report {
 
 /// Steps 3 to 7. Call it while the process has one thread.
 pub fn confine(plan: &Plan<'_>) -> Result<Report, Error> {
-    process::limit(plan.open_files)?;
+    if let Some(open_files) = plan.open_files {
+        process::limit_files(open_files)?;
+    }
+    if plan.secret {
+        process::no_core_file()?;
+    }
     let keep_through_setuid = plan.identity.is_some();
     if keep_through_setuid {
         nix::sys::prctl::set_keepcaps(true).map_err(|e| Error::new("keep capabilities", e))?;
@@ -77,8 +84,10 @@ pub fn confine(plan: &Plan<'_>) -> Result<Report, Error> {
     }
     let capabilities = capability::keep(plan.capabilities)?;
     nix::sys::prctl::set_no_new_privs().map_err(|e| Error::new("no new privileges", e))?;
-    // Changing the user turned dumping off already; who runs as one user from the start needs it said.
-    nix::sys::prctl::set_dumpable(false).map_err(|e| Error::new("no debugger", e))?;
-    let files = plan.files.map_or(Ok(files::Enforcement::None), |rules| files::restrict(rules))?;
+    if plan.secret {
+        // Changing the user turned dumping off already; who runs as one user from the start needs it said.
+        nix::sys::prctl::set_dumpable(false).map_err(|e| Error::new("no debugger", e))?;
+    }
+    let files = plan.files.map_or(Ok(files::Enforcement::None), files::restrict)?;
     Ok(Report { capabilities, files })
 }

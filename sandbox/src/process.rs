@@ -45,13 +45,17 @@ pub fn clear_environment() -> Result<(), Error> {
     Ok(())
 }
 
-/// Allows `open_files` descriptors if the hard limit does, and no core file: it would hold what others sent.
-pub(crate) fn limit(open_files: u64) -> Result<(), Error> {
+/// Allows `open_files` descriptors if the hard limit does.
+pub(crate) fn limit_files(open_files: u64) -> Result<(), Error> {
     let error = |e| Error::new("limits", e);
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(error)?;
     let files = open_files.min(hard);
-    setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(error)?;
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(error)
+    setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(error)
+}
+
+/// No core file: it would hold what others sent.
+pub(crate) fn no_core_file() -> Result<(), Error> {
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(|e| Error::new("limits", e))
 }
 
 /// The process that goes on in the background, while the one that was started waits for it.

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "system calls by number, as an intruder would make them")]
 
-use sandbox::syscall::{EXIT_REFUSED, Filters, Mode, PR_HELPER, name_refused_calls};
+use sandbox::syscall::{EXIT_REFUSED, Filters, Mode, PR_HELPER, Refusal, name_refused_calls};
 use std::process::{Command, Output};
 
 /// The sections of each role, with everything that options can add.
@@ -147,7 +147,7 @@ fn attempt() {
     };
     let (role, sections) = ROLES.into_iter().find(|row| row.0 == role).unwrap();
     let filters = Filters::compile(PR_HELPER, &[(role, sections.to_vec())], Mode::Enforce).unwrap();
-    name_refused_calls().unwrap();
+    name_refused_calls(Refusal::End).unwrap();
     filters.enter(role).unwrap();
     // SAFETY: no argument is a valid address, so the kernel reads and writes no memory of this process.
     unsafe {

@@ -25,6 +25,7 @@ mod send_queue;
 pub mod socket;
 mod stream;
 mod thread;
+pub mod threads;
 mod writer;
 
 pub use blkdev::{BlockDevice, QueueLimits};

@@ -7,6 +7,7 @@
 //! Unlike a general-purpose pool this one never panics when the system has no thread to give: the job is refused with
 //! an error as long as the pool has no thread at all, and waits for one of the existing threads otherwise.
 
+use crate::threads::{self, Role};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -84,7 +85,7 @@ impl Pool {
         state.threads += 1;
         drop(state);
         let shared = Arc::clone(&self.0);
-        let spawned = std::thread::Builder::new().name(self.0.name.clone()).spawn(move || shared.serve());
+        let spawned = threads::spawn(Role::Worker, &self.0.name, move || shared.serve());
         let Err(err) = spawned else { return Ok(()) };
         let mut state = self.0.lock();
         state.threads -= 1;
@@ -141,6 +142,24 @@ pub async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static)
         let _ = done.send(f());
     });
     crate::thread::current_pool().execute(job)?;
+    ended(result).await
+}
+
+/// Runs `f` on a thread of its own, in the role of making connections, and waits for its result.
+///
+/// Dropping the future does not stop `f`.
+///
+/// # Errors
+/// The system has no thread for it, or `f` panicked.
+pub(crate) async fn connecting<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let (done, result) = oneshot::channel();
+    threads::spawn(Role::Connector, "connector", move || {
+        let _ = done.send(f());
+    })?;
+    ended(result).await
+}
+
+async fn ended<T>(result: oneshot::Receiver<T>) -> io::Result<T> {
     let result = result.await.map_err(|_| io::Error::other("a blocking call was refused a thread or did not end"));
     crate::polling::note_event();
     result

@@ -16,6 +16,7 @@
 use crate::fd::Fd;
 use crate::polling::note_event;
 use buf::IoBuf;
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::errno::Errno;
 use std::cell::{RefCell, RefMut};
@@ -36,6 +37,16 @@ const ENTRIES: u32 = 256;
 const MAX_TRANSFER: usize = 0x7fff_f000;
 /// IORING_ENTER_GETEVENTS: run deferred work and flush the kernel's backlog of completions.
 const GETEVENTS: u32 = 1;
+
+/// What a ring may do. The kernel holds it to that, for its calls pass by every filter of system calls.
+const OPERATIONS: [u8; 6] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+];
 
 /// What an operation keeps alive until the kernel is done with it.
 #[derive(Default)]
@@ -115,24 +126,28 @@ impl Ring {
     /// The kernel has no io_uring, forbids it, or lacks an operation that is needed.
     pub(crate) fn new(max_batch: Arc<AtomicU32>) -> io::Result<Rc<Self>> {
         let mut plain = IoUring::builder();
+        // Nothing is taken until the ring is restricted to its operations.
+        plain.setup_r_disabled();
         let mut coop = plain.clone();
         coop.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
         let mut best = coop.clone();
         best.setup_single_issuer();
         let uring =
-            best.build(ENTRIES).or_else(|_| coop.build(ENTRIES)).or_else(|_| plain.setup_clamp().build(ENTRIES))?;
+            best.build(ENTRIES).or_else(|_| coop.build(ENTRIES)).or_else(|_| plain.setup_clamp().build(ENTRIES));
+        let (uring, restricted) = match uring {
+            Ok(uring) => (uring, true),
+            // Linux before 5.10 cannot restrict a ring.
+            Err(_) => (IoUring::builder().setup_clamp().build(ENTRIES)?, false),
+        };
         let mut probe = Probe::new();
         uring.submitter().register_probe(&mut probe)?;
-        let needed = [
-            opcode::Read::CODE,
-            opcode::Write::CODE,
-            opcode::Readv::CODE,
-            opcode::Writev::CODE,
-            opcode::Fsync::CODE,
-            opcode::Fallocate::CODE,
-        ];
-        if !uring.params().is_feature_nodrop() || !needed.iter().all(|op| probe.is_supported(*op)) {
+        if !uring.params().is_feature_nodrop() || !OPERATIONS.iter().all(|op| probe.is_supported(*op)) {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring lacks the operations of Linux 5.6"));
+        }
+        if restricted {
+            let mut allowed = OPERATIONS.map(Restriction::sqe_op);
+            uring.submitter().register_restrictions(&mut allowed)?;
+            uring.submitter().register_enable_rings()?;
         }
         let inner =
             Inner { uring, slab: Slab::default(), unsubmitted: VecDeque::new(), in_flight: 0, task: None, dead: false };

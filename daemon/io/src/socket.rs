@@ -1,11 +1,11 @@
 //! Sockets from their QAPI addresses: listening and connecting, for exports and character devices alike.
 //!
-//! Name resolution and connecting can block and run on the pool. The texts of errors are those that users of QEMU know.
+//! Name resolution and connecting can block and run on a thread of their own. The texts of errors are those that users of QEMU know.
 //! `[QAPI §SocketAddress]`
 
 mod resolve;
 
-use crate::pool::blocking;
+use crate::pool::connecting;
 use crate::stream::Listener;
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -72,7 +72,7 @@ pub async fn connect(address: &SocketAddress) -> Result<OwnedFd> {
 }
 
 async fn run<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    blocking(work).await.map_err(|error| Error::io("cannot start a thread", error))?
+    connecting(work).await.map_err(|error| Error::io("cannot start a thread", error))?
 }
 
 /// A socket that listens, and the path that it made.

@@ -6,6 +6,7 @@
 use crate::polling::{Poller, Polling, SharedPolling, note_event};
 use crate::pool::Pool;
 use crate::ring::Ring;
+use crate::threads::{self, Role};
 use crate::writer::Mailbox;
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -274,10 +275,12 @@ impl IoThread {
         let thread_name = name.to_owned();
         let tuning = Tuning::new(params);
         let its_tuning = tuning.clone();
-        std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(move || {
+        threads::spawn_unlimited(name, Some(STACK), move || {
             // Dropped last, when runtime, ring and tasks are gone.
             let _alive = alive;
-            match Loop::new(&thread_name, params, &its_tuning) {
+            let made = Loop::new(&thread_name, params, &its_tuning);
+            // The ring was the last thing that needs more than the role has.
+            match threads::enter(Role::IoThread).and(made) {
                 Ok((this, ring_error)) => {
                     let (hand_over, handle) = std::sync::mpsc::channel();
                     if tell.send(Ok((this.pool.clone(), ring_error, hand_over))).is_err() {

@@ -3,7 +3,8 @@
 use super::{Control, table};
 use crate::version;
 use qapi::types::control::{
-    CommandInfo, QmpCapabilities, QueryCommands, QueryQmpSchema, QueryVersion, Quit, VersionInfo, VersionTriple,
+    CommandInfo, QmpCapabilities, QueryCommands, QueryQmpSchema, QueryVersion, Quit, SandboxInfo, VersionInfo,
+    VersionTriple, XQuerySandbox,
 };
 use qapi::types::introspect::SchemaInfo;
 use qapi::{Error, Result};
@@ -29,6 +30,10 @@ impl Control {
 
     pub(super) async fn query_qmp_schema(&mut self, _: QueryQmpSchema) -> Result<Vec<SchemaInfo>> {
         Ok(table::schema().build())
+    }
+
+    pub(super) async fn x_query_sandbox(&mut self, _: XQuerySandbox) -> Result<SandboxInfo> {
+        Ok(self.sandbox.info())
     }
 
     pub(super) async fn quit(&mut self, _: Quit) -> Result<()> {

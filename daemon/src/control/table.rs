@@ -59,6 +59,7 @@ pub const COMMANDS: &[Row] = commands! {
     QueryCommands => query_commands,
     QueryQmpSchema => query_qmp_schema,
     Quit => quit,
+    XQuerySandbox => x_query_sandbox,
     ObjectOptions => object_add,
     ObjectDel => object_del,
     QomList => qom_list,

@@ -66,6 +66,60 @@ pub struct QueryQmpSchema;
 #[qapi(command = "quit", since = "0.14")]
 pub struct Quit;
 
+/// How much the process gives up before it serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum SandboxMode {
+    /// What serving never needs, whatever a monitor asks for later: other programs, mounts, other processes, most
+    /// capabilities.
+    Default,
+    /// All capabilities as well, and all files but those that the command line names.
+    Strict,
+    /// Nothing.
+    Off,
+}
+
+/// The command line option `--sandbox`.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+pub struct SandboxOptions {
+    /// How much.
+    pub mode: SandboxMode,
+    /// With `strict`, further files and folders that may be used later, with all that is in them.
+    pub paths: Option<Vec<String>>,
+}
+
+/// How far the kernel restricts the process's way to files (Landlock).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum SandboxFiles {
+    /// To files, TCP ports, signals and abstract sockets as the command line has them.
+    Full,
+    /// To files, but an older kernel leaves some of the rest.
+    Partial,
+    /// Not at all.
+    Unrestricted,
+}
+
+/// Tells what the process gave up when it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Qapi)]
+#[qapi(command = "x-query-sandbox", returns = "SandboxInfo", since = "11.0", unstable)]
+pub struct XQuerySandbox;
+
+/// What is in force.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+pub struct SandboxInfo {
+    /// What was asked for.
+    pub mode: SandboxMode,
+    /// Whether each thread's system calls are limited to a list.
+    pub system_calls: bool,
+    /// Files and network by Landlock.
+    pub files: SandboxFiles,
+    /// Whether no program could give privileges back.
+    pub no_new_privileges: bool,
+    /// The capabilities that are left.
+    pub capabilities: Vec<String>,
+    /// The system calls that were refused since the start, each once.
+    pub refused: Vec<String>,
+}
+
 /// How a monitor talks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
 pub enum MonitorMode {
