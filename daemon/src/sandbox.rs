@@ -198,8 +198,10 @@ const KEYS: &[(&str, Usage)] = &[
     ("dir", Usage::Read),
 ];
 
+type MakeRule = fn(PathBuf) -> Rule;
+
 /// What the process itself needs, whatever it serves.
-const OWN: &[(&str, fn(PathBuf) -> Rule)] = &[
+const OWN: &[(&str, MakeRule)] = &[
     ("/dev/null", Rule::Use),
     ("/proc/self", Rule::Read),
     ("/proc/sys", Rule::Read),
