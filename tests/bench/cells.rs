@@ -3,6 +3,8 @@
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use tests::Daemon;
+
 use crate::load::{Connection, Load};
 use crate::programs::{Image, Program, cpu_time};
 
@@ -76,20 +78,35 @@ pub struct Figures {
 /// Runs one round of a cell on one program.
 pub fn run(cell: &Cell, program: Program, image: &Image, time: Duration) -> Figures {
     let daemon = program.serve(cell.backend, image);
+    // The page cache, pools and branch predictors are warm before the clock runs.
+    drive(&daemon, cell.load, cell.depth, cell.connections, image.size, time / 5, time)
+}
+
+/// Puts a load on the export `disk` of a daemon, first for `warm` and then for `time`, which is measured.
+pub fn drive(
+    daemon: &Daemon,
+    load: Load,
+    depth: u32,
+    connections: u32,
+    size: u64,
+    warm: Duration,
+    time: Duration,
+) -> Figures {
     let socket = daemon.path("nbd.sock");
-    let depth = cell.depth.div_ceil(cell.connections);
-    let (ready, go) = (Barrier::new(cell.connections as usize + 1), Barrier::new(cell.connections as usize + 1));
+    let depth = depth.div_ceil(connections);
+    let (ready, go) = (Barrier::new(connections as usize + 1), Barrier::new(connections as usize + 1));
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..cell.connections)
+        let workers: Vec<_> = (0..connections)
             .map(|index| {
                 let (ready, go, socket) = (&ready, &go, &socket);
-                let part = image.size / u64::from(cell.connections) / (1 << 20) * (1 << 20);
-                let from = if cell.load.random { 0 } else { part * u64::from(index) };
-                let len = if cell.load.random { image.size } else { part };
+                let part = size / u64::from(connections) / (1 << 20) * (1 << 20);
+                let from = if load.random { 0 } else { part * u64::from(index) };
+                let len = if load.random { size } else { part };
                 scope.spawn(move || {
-                    let mut connection = Connection::open(socket, cell.load, from, len, u64::from(index) + 1);
-                    // The page cache, pools and branch predictors are warm before the clock runs.
-                    connection.run(depth, time / 5);
+                    let mut connection = Connection::open(socket, load, from, len, u64::from(index) + 1);
+                    if !warm.is_zero() {
+                        connection.run(depth, warm);
+                    }
                     ready.wait();
                     go.wait();
                     connection.run(depth, time)
@@ -97,10 +114,10 @@ pub fn run(cell: &Cell, program: Program, image: &Image, time: Duration) -> Figu
             })
             .collect();
         ready.wait();
-        let (cpu, start) = (cpu_time(&daemon), Instant::now());
+        let (cpu, start) = (cpu_time(daemon), Instant::now());
         go.wait();
         let done: u64 = workers.into_iter().map(|worker| worker.join().expect("a connection")).sum();
-        let (elapsed, cpu) = (start.elapsed(), cpu_time(&daemon).saturating_sub(cpu));
+        let (elapsed, cpu) = (start.elapsed(), cpu_time(daemon).saturating_sub(cpu));
         let done = std::hint::black_box(done) as f64;
         Figures { rate: done / elapsed.as_secs_f64(), cpu: cpu.as_secs_f64() * 1e6 / done }
     })

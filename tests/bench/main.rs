@@ -16,6 +16,7 @@ mod control;
 mod fio;
 mod load;
 mod programs;
+mod qcow2;
 mod report;
 
 use std::time::Duration;
@@ -28,6 +29,7 @@ struct Options {
     time: Duration,
     only: Option<String>,
     control: bool,
+    raw: bool,
     fio: bool,
     programs: Vec<Program>,
     size: u64,
@@ -42,6 +44,7 @@ Usage: bench [options]
   --programs A,B     of ours, ours-iothread, ref, ref-uring (all but ours-iothread)
   --size MIB         size of the image (512)
   --no-control       leave out start-up, memory, QMP and nodes
+  --no-raw           leave out the cells without a format
   --fio              cross-check some cells with fio
   --list             list the cells
 Environment: QSD_OURS (the release binary beside this program), QSD_REFERENCE (/usr/bin/qemu-storage-daemon)
@@ -53,6 +56,7 @@ fn options() -> Options {
         time: Duration::from_secs(1),
         only: None,
         control: true,
+        raw: true,
         fio: false,
         programs: vec![Program::Ours, Program::Reference, Program::ReferenceRing],
         size: 512 << 20,
@@ -68,6 +72,7 @@ fn options() -> Options {
             "--programs" => options.programs = value().split(',').map(Program::named).collect(),
             "--size" => options.size = value().parse::<u64>().expect("a number of MiB") << 20,
             "--no-control" => options.control = false,
+            "--no-raw" => options.raw = false,
             "--fio" => options.fio = true,
             "--list" => {
                 cells::all().iter().for_each(|cell| println!("{}", cell.name()));
@@ -95,9 +100,12 @@ fn main() {
     let image = programs::Image::new(options.size);
     let cells: Vec<_> = cells::all()
         .into_iter()
+        .filter(|_| options.raw)
         .filter(|cell| options.only.as_ref().is_none_or(|text| cell.name().contains(text.as_str())))
         .collect();
-    report::heading(&options.programs);
+    if !cells.is_empty() {
+        report::heading(&options.programs);
+    }
     for cell in &cells {
         let mut rounds = vec![Vec::new(); options.programs.len()];
         for round in 0..options.rounds {
@@ -109,6 +117,7 @@ fn main() {
         }
         report::row(&cell.name(), &rounds);
     }
+    qcow2::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
     if options.control {
         control::run(&options.programs, options.rounds, &image);
     }

@@ -72,9 +72,14 @@ impl Program {
         matches!(self, Self::OursThread | Self::ReferenceRing)
     }
 
+    /// What this contender adds to the options of a `file` node.
+    pub fn file_options(self) -> &'static str {
+        if self == Self::ReferenceRing { ",aio=io_uring" } else { "" }
+    }
+
     /// Starts it with the image, or with nothing behind it, as the writable export `disk`.
     pub fn serve(self, backend: Backend, image: &Image) -> Daemon {
-        let aio = if self == Self::ReferenceRing { ",aio=io_uring" } else { "" };
+        let aio = self.file_options();
         let node = match backend {
             Backend::Null => format!("null-co,node-name=disk,size={},read-zeroes=off", image.size),
             Backend::Cache => format!("file,node-name=disk,filename={}{aio}", image.path.display()),
@@ -82,10 +87,15 @@ impl Program {
                 format!("file,node-name=disk,filename={},cache.direct=on{aio}", image.path.display())
             }
         };
+        self.serve_nodes(&[node])
+    }
+
+    /// Starts it with nodes, the last of which is called `disk`, and that one as the writable export `disk`.
+    pub fn serve_nodes(self, nodes: &[String]) -> Daemon {
         let thread = if self.has_thread() { ",iothread=t0" } else { "" };
-        self.setup()
-            .arg("--blockdev")
-            .arg(node)
+        nodes
+            .iter()
+            .fold(self.setup(), |setup, node| setup.arg("--blockdev").arg(node))
             .qmp()
             .nbd_server()
             .arg("--export")
