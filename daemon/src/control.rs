@@ -125,7 +125,8 @@ impl Control {
         let (sender, inbox) = mpsc::unbounded_channel();
         let drivers = drivers::Drivers::default();
         let objects = object::Objects::new(drivers.throttle_groups.clone());
-        let graph = Graph::new(Arc::new(formats::Formats(drivers)));
+        let workers = formats::Workers::new(io::detach);
+        let graph = Graph::new(Arc::new(formats::Formats::new(drivers, workers)));
         Self {
             reports: events.tell_reports(graph.reporter().clone()),
             graph,

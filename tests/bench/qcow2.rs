@@ -26,6 +26,8 @@ enum Kind {
     Chain,
     /// Every cluster is compressed, and compressible to about a half.
     Compressed,
+    /// A disk of 1 TiB, allocated and never written, whose L2 tables are four times the cache.
+    Wide,
 }
 
 struct Cell {
@@ -40,7 +42,7 @@ const fn cell(name: &'static str, kind: Kind, block: u32, random: bool, write: b
     Cell { name, kind, load: Load { block, random, write }, depth, connections: 1 }
 }
 
-const CELLS: [Cell; 9] = [
+const CELLS: [Cell; 10] = [
     cell("qcow2-4k-randread-d1", Kind::Full, 4096, true, false, 1),
     cell("qcow2-4k-randread-d32", Kind::Full, 4096, true, false, 32),
     cell("qcow2-4k-randwrite-d32", Kind::Full, 4096, true, true, 32),
@@ -48,6 +50,7 @@ const CELLS: [Cell; 9] = [
     cell("qcow2-alloc-64k-seqwrite-d16", Kind::Empty, 65536, false, true, 16),
     cell("qcow2-alloc-4k-randwrite-d32", Kind::Empty, 4096, true, true, 32),
     cell("qcow2-chain50-4k-randread-d32", Kind::Chain, 4096, true, false, 32),
+    cell("qcow2-1t-4k-randread-d32", Kind::Wide, 4096, true, false, 32),
     cell("qcow2-zlib-64k-randread-d16", Kind::Compressed, 65536, true, false, 16),
     cell("qcow2-zlib-4k-seqread-d16", Kind::Compressed, 4096, false, false, 16),
 ];
@@ -119,12 +122,21 @@ impl Images<'_> {
         self.convert("compressed", &["-c"], &raw)
     }
 
+    fn wide(&self) -> PathBuf {
+        let path = self.path("wide");
+        if !path.exists() {
+            create(&path, &["-o", "preallocation=metadata", "size:1T"]);
+        }
+        path
+    }
+
     /// The image of a cell and its size in bytes.
     fn of(&self, kind: Kind) -> (PathBuf, u64) {
         match kind {
             Kind::Full => (self.full(), self.raw.size),
             Kind::Chain => (self.chain(READ_CHAIN), self.raw.size),
             Kind::Compressed => (self.compressed(), 256 << 20),
+            Kind::Wide => (self.wide(), 1 << 40),
             Kind::Empty => {
                 let path = self.path("empty");
                 let _ = std::fs::remove_file(&path);
@@ -147,6 +159,20 @@ fn run_cell(cell: &Cell, program: Program, images: &Images, time: Duration) -> F
     let daemon = program.serve_nodes(&nodes(program, &path));
     let warm = if cell.kind == Kind::Empty { Duration::ZERO } else { time / 5 };
     drive(&daemon, cell.load, cell.depth, cell.connections, size, warm, time)
+}
+
+/// The same load on a raw image: on the full one, or on a new and sparse one.
+fn run_raw(cell: &Cell, program: Program, images: &Images, time: Duration) -> Figures {
+    if cell.kind == Kind::Full {
+        let daemon = program.serve(Backend::Cache, images.raw);
+        return drive(&daemon, cell.load, cell.depth, cell.connections, images.raw.size, time / 5, time);
+    }
+    let path = images.path("empty");
+    let _ = std::fs::remove_file(&path);
+    let file = std::fs::File::create(&path).expect("make an image");
+    file.set_len(ROOM).expect("make a sparse image");
+    let node = format!("file,node-name=disk,filename={}{}", path.display(), program.file_options());
+    drive(&program.serve_nodes(&[node]), cell.load, cell.depth, cell.connections, ROOM, Duration::ZERO, time)
 }
 
 /// Milliseconds to open an image over QMP.
@@ -196,8 +222,7 @@ pub fn run(programs: &[Program], rounds: u32, raw: &Image, time: Duration, only:
     if only.is_some() {
         return;
     }
-    let tebibyte = images.path("tebibyte");
-    create(&tebibyte, &["-o", "preallocation=metadata", "size:1T"]);
+    let tebibyte = images.wide();
     let chain = images.chain(OPEN_CHAIN);
     println!("\n| | {} |", programs.iter().map(|program| program.name()).collect::<Vec<_>>().join(" | "));
     println!("|---|{}", "---:|".repeat(programs.len()));
@@ -224,15 +249,14 @@ fn against_raw(programs: &[Program], rounds: u32, images: &Images, time: Duratio
     let Some(&program) = programs.first() else { return };
     println!("\n| {} | qcow2, requests/s | raw | qcow2 ÷ raw | CPU/request ÷ raw |", program.name());
     println!("|---|---:|---:|---:|---:|");
-    for cell in CELLS.iter().filter(|cell| cell.kind == Kind::Full) {
+    for cell in CELLS.iter().filter(|cell| matches!(cell.kind, Kind::Full | Kind::Empty)) {
         if only.is_some_and(|text| !cell.name.contains(text)) {
             continue;
         }
         let (mut ours, mut raw) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
             ours.push(run_cell(cell, program, images, time));
-            let daemon = program.serve(Backend::Cache, images.raw);
-            raw.push(drive(&daemon, cell.load, cell.depth, 1, images.raw.size, time / 5, time));
+            raw.push(run_raw(cell, program, images, time));
         }
         let rate = |figures: &[Figures]| median(figures.iter().map(|figures| figures.rate).collect());
         let cpu = |figures: &[Figures]| median(figures.iter().map(|figures| figures.cpu).collect());

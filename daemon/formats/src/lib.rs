@@ -9,6 +9,9 @@
 #![forbid(unsafe_code)]
 
 pub mod qcow2;
+mod workers;
+
+pub use workers::Workers;
 
 use block::driver::LocalFuture;
 use block::{DynDriver, OpenContext, Opener};
@@ -17,7 +20,17 @@ use qapi::types::block::{BlockdevDriverOptions, BlockdevOptions};
 
 /// The table of the formats of this crate, in front of a table of the other drivers.
 #[derive(Clone, Debug, Default)]
-pub struct Formats<Rest>(pub Rest);
+pub struct Formats<Rest> {
+    rest: Rest,
+    workers: Workers,
+}
+
+impl<Rest> Formats<Rest> {
+    /// The formats in front of `rest`; what takes a processor long is left to `workers`.
+    pub fn new(rest: Rest, workers: Workers) -> Self {
+        Self { rest, workers }
+    }
+}
 
 impl<Rest: Opener> Opener for Formats<Rest> {
     fn open<'a>(
@@ -27,10 +40,10 @@ impl<Rest: Opener> Opener for Formats<Rest> {
     ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>> {
         match &options.driver {
             BlockdevDriverOptions::Qcow2(qcow2) => Box::pin(async move {
-                let driver: Box<dyn DynDriver> = Box::new(qcow2::open(cx, qcow2).await?);
+                let driver: Box<dyn DynDriver> = Box::new(qcow2::open(cx, qcow2, self.workers.clone()).await?);
                 Ok(driver)
             }),
-            _ => self.0.open(cx, options),
+            _ => self.rest.open(cx, options),
         }
     }
 }

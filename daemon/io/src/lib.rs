@@ -35,7 +35,7 @@ pub use extent::{AllocMode, Extent};
 pub use file::{Access, Engine, File, FileKind, FileStat, OpenHow};
 pub use lock::{ImageLock, LockError, LockMode, LockSet, Locking};
 pub use polling::Polling;
-pub use pool::blocking;
+pub use pool::{blocking, detach};
 pub use reservation::{PrOut, PrReservation};
 pub use send_queue::SendQueue;
 pub use stream::{Listener, Stream};

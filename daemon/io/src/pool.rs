@@ -165,8 +165,9 @@ async fn ended<T>(result: oneshot::Receiver<T>) -> io::Result<T> {
     result
 }
 
-/// Runs `f` on a pool thread, or here if there is none to be had; for clean-up that must happen.
-pub(crate) fn detach(f: impl FnOnce() + Send + 'static) {
+/// Runs `f` on a thread of the current IOThread's pool (the process's common one elsewhere), without waiting for it. Drops it
+/// if the system has no thread for it.
+pub fn detach(f: impl FnOnce() + Send + 'static) {
     // A refused job is dropped, and with it what it owns: for a descriptor that is the very clean-up.
     let _ = crate::thread::current_pool().execute(Box::new(f));
 }

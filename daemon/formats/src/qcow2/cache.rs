@@ -1,17 +1,20 @@
 //! A cache of metadata: slices of L2 tables, or refcount blocks. Shared by all threads.
 //!
 //! A block is loaded once, however many requests ask for it; the lock of its bytes is held for the look at them or the
-//! change, never across an await. Dirty blocks stay until the flush code has written them; clean ones go, least recently
-//! used first, when the cache is over its size. Whoever changes a block must do it in the one that is in the cache, so a
-//! block that has gone refuses changes and the caller loads it again.
+//! change, never across an await. Dirty blocks stay until the flush code has written them; clean ones go when the cache is
+//! over its size: a hand goes round over them and takes those that nobody has used since it last came by, so that neither a
+//! hit nor a miss costs more in a large cache. Whoever changes a block must do it in the one that is in the cache, so a block
+//! that has gone refuses changes and the caller loads it again.
+//!
+//! Locks are taken in the order table, block, list of dirty blocks.
 
 use super::bytes::u64_of;
 use block::{Edge, IoResult};
 use buf::IoBuf;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::OnceCell;
 
 #[derive(Debug)]
@@ -30,10 +33,15 @@ pub struct Block {
     at: u64,
     /// Guards the bytes; never across an await.
     state: OnceCell<RwLock<State>>,
-    used: AtomicU64,
+    /// Since the hand last came by.
+    used: AtomicBool,
 }
 
 impl Block {
+    fn new(at: u64, state: Option<State>) -> Arc<Self> {
+        Arc::new(Self { at, state: OnceCell::new_with(state.map(RwLock::new)), used: AtomicBool::new(true) })
+    }
+
     fn loaded(&self) -> Option<RwLockReadGuard<'_, State>> {
         self.state.get().map(|state| state.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -48,10 +56,6 @@ impl Block {
             Some(state) => look(&state.bytes),
             None => look(&[]),
         }
-    }
-
-    fn is_dirty(&self) -> bool {
-        self.loaded().is_some_and(|state| state.version != state.written)
     }
 }
 
@@ -74,16 +78,71 @@ pub struct Cache {
     /// Blocks to keep.
     capacity: usize,
     /// Guards the table; never across an await.
-    map: RwLock<HashMap<u64, Arc<Block>>>,
-    clock: AtomicU64,
-    dirty: AtomicUsize,
+    table: RwLock<Table>,
+    /// Guards the list of dirty blocks, by their place; never across an await.
+    dirty: Mutex<BTreeMap<u64, Arc<Block>>>,
+    /// How many there are in that list.
+    dirty_count: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    map: HashMap<u64, Arc<Block>>,
+    /// All blocks of the map, and some that have gone, as the hand comes by them.
+    round: VecDeque<Arc<Block>>,
+}
+
+impl Table {
+    fn insert(&mut self, block: &Arc<Block>) {
+        self.map.insert(block.at, Arc::clone(block));
+        self.round.push_back(Arc::clone(block));
+        // What was forgotten stays in the round until the hand comes by, which it may never do.
+        if self.round.len() > 2 * self.map.len() + 16 {
+            let map = &self.map;
+            self.round.retain(|block| map.get(&block.at).is_some_and(|there| Arc::ptr_eq(there, block)));
+        }
+    }
+
+    /// Takes clean blocks out while there are as many as `capacity`, or more.
+    fn make_room(&mut self, capacity: usize) {
+        // Twice round: the first time may only take marks away.
+        let mut steps = 2 * self.round.len();
+        while steps > 0 && self.map.len() >= capacity {
+            steps -= 1;
+            let Some(block) = self.round.pop_front() else { return };
+            if !self.map.get(&block.at).is_some_and(|there| Arc::ptr_eq(there, &block)) {
+                continue;
+            }
+            let keep = match block.state.get() {
+                Some(_) => block.used.swap(false, Ordering::Relaxed),
+                // Being loaded, unless that has failed and nobody waits for it any more: then only these two are left.
+                None => Arc::strong_count(&block) > 2,
+            };
+            if keep || !self.take_out(block.at, false) {
+                self.round.push_back(block);
+            }
+        }
+    }
+
+    /// Takes the block at `at` out; a dirty one only if it is to be forgotten.
+    fn take_out(&mut self, at: u64, dirty_too: bool) -> bool {
+        let Some(block) = self.map.get(&at) else { return false };
+        if let Some(mut state) = block.loaded_mut() {
+            if state.version != state.written && !dirty_too {
+                return false;
+            }
+            state.gone = true;
+        }
+        self.map.remove(&at);
+        true
+    }
 }
 
 impl Cache {
     /// A cache of `bytes` bytes in blocks of `unit` bytes, two at least.
     pub fn new(bytes: u64, unit: usize) -> Self {
         let capacity = usize::try_from(bytes / u64_of(unit).max(1)).unwrap_or(usize::MAX).max(2);
-        Self { unit, capacity, map: RwLock::default(), clock: AtomicU64::new(0), dirty: AtomicUsize::new(0) }
+        Self { unit, capacity, table: RwLock::default(), dirty: Mutex::default(), dirty_count: AtomicUsize::new(0) }
     }
 
     /// Bytes of a block.
@@ -91,19 +150,40 @@ impl Cache {
         self.unit
     }
 
-    fn map(&self) -> RwLockReadGuard<'_, HashMap<u64, Arc<Block>>> {
-        self.map.read().unwrap_or_else(PoisonError::into_inner)
+    fn table(&self) -> RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn map_mut(&self) -> RwLockWriteGuard<'_, HashMap<u64, Arc<Block>>> {
-        self.map.write().unwrap_or_else(PoisonError::into_inner)
+    fn table_mut(&self) -> RwLockWriteGuard<'_, Table> {
+        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn dirty_list(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Block>>> {
+        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that a block has become dirty, while its bytes are locked or nobody else knows it.
+    fn list(&self, block: &Arc<Block>) {
+        let mut dirty = self.dirty_list();
+        dirty.insert(block.at, Arc::clone(block));
+        self.dirty_count.store(dirty.len(), Ordering::Release);
+    }
+
+    /// Notes that the block at `at` is dirty no more, while its bytes are locked or it has gone.
+    fn unlist(&self, at: u64) {
+        let mut dirty = self.dirty_list();
+        dirty.remove(&at);
+        self.dirty_count.store(dirty.len(), Ordering::Release);
     }
 
     /// The block at `at` if it is there.
     pub fn peek(&self, at: u64) -> Option<Arc<Block>> {
-        let map = self.map();
-        let block = map.get(&at).filter(|block| block.state.initialized())?;
-        block.used.store(self.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        let table = self.table();
+        let block = table.map.get(&at).filter(|block| block.state.initialized())?;
+        // Reading first keeps the line of a block that all use in all caches.
+        if !block.used.load(Ordering::Relaxed) {
+            block.used.store(true, Ordering::Relaxed);
+        }
         Some(Arc::clone(block))
     }
 
@@ -116,10 +196,16 @@ impl Cache {
             return Ok(block);
         }
         let block = {
-            let mut map = self.map_mut();
-            self.make_room(&mut map);
-            let used = AtomicU64::new(self.clock.fetch_add(1, Ordering::Relaxed));
-            Arc::clone(map.entry(at).or_insert_with(|| Arc::new(Block { at, state: OnceCell::new(), used })))
+            let mut table = self.table_mut();
+            match table.map.get(&at) {
+                Some(block) => Arc::clone(block),
+                None => {
+                    table.make_room(self.capacity);
+                    let block = Block::new(at, None);
+                    table.insert(&block);
+                    block
+                }
+            }
         };
         block
             .state
@@ -132,58 +218,26 @@ impl Cache {
         Ok(block)
     }
 
-    /// Takes clean blocks out while there are too many.
-    fn make_room(&self, map: &mut HashMap<u64, Arc<Block>>) {
-        while map.len() >= self.capacity {
-            let idle = |block: &Arc<Block>| match block.state.get() {
-                Some(_) => !block.is_dirty(),
-                // Being loaded, unless that has failed and nobody waits for it any more.
-                None => Arc::strong_count(block) == 1,
-            };
-            let oldest = map.values().filter(|b| idle(b)).min_by_key(|b| b.used.load(Ordering::Relaxed)).map(|b| b.at);
-            let Some(at) = oldest else { return };
-            if !Self::take_out(map, at, false) {
-                return;
-            }
-        }
-    }
-
-    /// Takes the block at `at` out; a dirty one only if it is to be forgotten.
-    fn take_out(map: &mut HashMap<u64, Arc<Block>>, at: u64, dirty_too: bool) -> bool {
-        let Some(block) = map.get(&at) else { return false };
-        if let Some(mut state) = block.loaded_mut() {
-            if state.version != state.written && !dirty_too {
-                return false;
-            }
-            state.gone = true;
-        }
-        map.remove(&at);
-        true
-    }
-
     /// Puts a new block in, to be written.
     pub fn put(&self, at: u64, bytes: Vec<u8>) {
-        let state = State { bytes, version: 1, written: 0, gone: false };
-        let used = AtomicU64::new(self.clock.fetch_add(1, Ordering::Relaxed));
-        let block = Arc::new(Block { at, state: OnceCell::new_with(Some(RwLock::new(state))), used });
-        let mut map = self.map_mut();
-        self.forget_one(&mut map, at);
-        map.insert(at, block);
-        self.dirty.fetch_add(1, Ordering::AcqRel);
+        let block = Block::new(at, Some(State { bytes, version: 1, written: 0, gone: false }));
+        let mut table = self.table_mut();
+        self.forget_one(&mut table, at);
+        self.list(&block);
+        table.insert(&block);
     }
 
-    fn forget_one(&self, map: &mut HashMap<u64, Arc<Block>>, at: u64) {
-        if map.get(&at).is_some_and(|block| block.is_dirty()) {
-            self.dirty.fetch_sub(1, Ordering::AcqRel);
+    fn forget_one(&self, table: &mut Table, at: u64) {
+        if table.take_out(at, true) {
+            self.unlist(at);
         }
-        Self::take_out(map, at, true);
     }
 
     /// Forgets all blocks in `range`: the bytes are somebody else's now.
     pub fn forget(&self, range: Range<u64>) {
-        let mut map = self.map_mut();
+        let mut table = self.table_mut();
         for at in range.step_by(self.unit.max(1)) {
-            self.forget_one(&mut map, at);
+            self.forget_one(&mut table, at);
         }
     }
 
@@ -197,14 +251,14 @@ impl Cache {
     }
 
     /// Changes a block; none if it has gone from the cache and must be loaded again.
-    pub fn change<R>(&self, block: &Block, change: impl FnOnce(&mut Vec<u8>) -> R) -> Option<R> {
+    pub fn change<R>(&self, block: &Arc<Block>, change: impl FnOnce(&mut Vec<u8>) -> R) -> Option<R> {
         let mut state = block.loaded_mut()?;
         if state.gone {
             return None;
         }
         let result = change(&mut state.bytes);
         if state.version == state.written {
-            self.dirty.fetch_add(1, Ordering::AcqRel);
+            self.list(block);
         }
         state.version += 1;
         Some(result)
@@ -212,7 +266,7 @@ impl Cache {
 
     /// Blocks that have to be written.
     pub fn dirty(&self) -> usize {
-        self.dirty.load(Ordering::Acquire)
+        self.dirty_count.load(Ordering::Acquire)
     }
 
     /// Whether so much of the cache is dirty that it should be written.
@@ -225,21 +279,17 @@ impl Cache {
         if self.dirty() == 0 {
             return Vec::new();
         }
-        let blocks: Vec<_> = self.map().values().cloned().collect();
-        let mut copies: Vec<_> = blocks
-            .into_iter()
-            .filter_map(|block| {
-                let state = block.loaded()?;
-                if state.version == state.written || state.gone {
-                    return None;
-                }
-                let (at, bytes, version) = (block.at, state.bytes.clone(), state.version);
-                drop(state);
-                Some(Copy { block, at, bytes, version })
-            })
-            .collect();
-        copies.sort_by_key(|copy| copy.at);
-        copies
+        let blocks: Vec<_> = self.dirty_list().values().cloned().collect();
+        let copy = |block: Arc<Block>| {
+            let state = block.loaded()?;
+            if state.version == state.written || state.gone {
+                return None;
+            }
+            let (at, bytes, version) = (block.at, state.bytes.clone(), state.version);
+            drop(state);
+            Some(Copy { block, at, bytes, version })
+        };
+        blocks.into_iter().filter_map(copy).collect()
     }
 
     /// The copy is in the file.
@@ -249,7 +299,7 @@ impl Cache {
         {
             state.written = copy.version;
             if state.version == state.written {
-                self.dirty.fetch_sub(1, Ordering::AcqRel);
+                self.unlist(copy.at);
             }
         }
     }

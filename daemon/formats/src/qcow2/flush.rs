@@ -173,6 +173,7 @@ impl Qcow2 {
             if free.table {
                 self.l2.forget(span.at..span.end());
             }
+            self.unpacked.forget(&(span.at..span.end()));
             for cluster in free.clusters.clone() {
                 // The last reference's discard comes before anybody can claim the cluster.
                 if free.discard && matches!(self.refs.get(cluster, &self.file).await, Ok(1)) {

@@ -11,6 +11,8 @@ use super::extensions::Extensions;
 use super::header::Header;
 use super::refcount::{Refcounts, SECTOR};
 use arc_swap::ArcSwapOption;
+use super::unpacked::Unpacked;
+use crate::Workers;
 use block::overlap::Overlap;
 use block::{Edge, Errno, IoResult};
 use std::collections::BTreeSet;
@@ -77,6 +79,9 @@ pub struct Qcow2 {
     pub(super) l1: RwLock<L1>,
     pub(super) l2: Cache,
     pub(super) refs: Refcounts,
+    pub(super) unpacked: Unpacked,
+    /// Where clusters are unpacked.
+    pub(super) workers: Workers,
     pub(super) epochs: Epochs,
     /// Guest clusters whose mapping is being changed, in bytes.
     pub(super) busy: Overlap,

@@ -8,7 +8,7 @@
 //! | `image` | an open image; guest offset → place |
 //! | `refcount` | host clusters: counted, claimed, released |
 //! | `epoch` | when an unlinked cluster may be reused |
-//! | `read`, `compress` | reading |
+//! | `read`, `compress`, `unpacked` | reading |
 //! | `write`, `zero`, `resize` | changing |
 //! | `flush` | what is written in which order |
 //! | `snapshot`, `bitmap` | internal snapshots and bitmaps, kept |
@@ -35,6 +35,7 @@ mod reopen;
 mod repair;
 mod resize;
 mod snapshot;
+mod unpacked;
 mod write;
 mod zero;
 

@@ -7,7 +7,9 @@ use super::extensions::Extensions;
 use super::header::{self, Header};
 use super::image::{L1, PassDiscard, Qcow2};
 use super::refcount::Refcounts;
+use super::unpacked::Unpacked;
 use super::{bitmap, snapshot};
+use crate::Workers;
 use block::{Edge, OpenContext, Role};
 use buf::IoBuf;
 use qapi::types::block::{BlockdevOptions, BlockdevOptionsQcow2, BlockdevRef, BlockdevRefOrNull};
@@ -20,11 +22,11 @@ use std::sync::atomic::AtomicU64;
 /// The reference's limit of L2 tables in memory, in bytes.
 const L2_CACHE: u64 = 32 << 20;
 
-/// Opens the image in `options.file`, and the files that it names.
+/// Opens the image in `options.file`, and the files that it names. What takes a processor long is left to `workers`.
 ///
 /// # Errors
 /// Not a valid image, a feature that is not there, the errors of the children.
-pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2) -> Result<Qcow2> {
+pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, workers: Workers) -> Result<Qcow2> {
     let file = cx.child("file", Role::Image, &options.file).await?;
     let start = Start::read(&file).await?;
     let read_only = cx.options.read_only;
@@ -64,6 +66,8 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2) -> R
         l1: l1.into(),
         l2: Cache::new(caches.l2, us(caches.l2_entry)),
         refs,
+        unpacked: Unpacked::new(header.cluster_size()),
+        workers,
         epochs: super::epoch::Epochs::default(),
         busy: block::overlap::Overlap::default(),
         tables: block::overlap::Overlap::default(),

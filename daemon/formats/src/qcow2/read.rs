@@ -2,7 +2,7 @@
 
 use super::bytes::{u64_of, us};
 use super::compress;
-use super::image::{Qcow2, Where};
+use super::image::{Qcow2, Where, lock};
 use super::join::join_all;
 use block::{Errno, IoResult, Mapping, Span};
 use buf::IoBuf;
@@ -42,8 +42,11 @@ impl Qcow2 {
             },
             Where::Data(host) => self.data().read(host, &buf).await?,
             Where::Packed { at, len, skip } => {
-                let bytes = self.unpack(at, len).await?;
-                buf.write_at(0, bytes.get(us(skip)..).unwrap_or_default());
+                let look = |bytes: &[u8]| {
+                    let end = (us(skip) + buf.len()).min(bytes.len());
+                    buf.write_at(0, bytes.get(us(skip)..end).unwrap_or_default());
+                };
+                self.unpacked.look(at, len, || self.unpack(at, len), look).await?;
             }
         }
         Ok(())
@@ -57,8 +60,8 @@ impl Qcow2 {
         }
         let packed = IoBuf::alloc(us(len));
         self.file.read(at, &packed).await?;
-        let kind = self.header_now().compression;
-        compress::unpack(kind, &packed.to_vec(), us(self.shape.cluster()))
+        let (kind, cluster) = (lock(&self.header).compression, us(self.shape.cluster()));
+        self.workers.run(move || compress::unpack(kind, &packed.to_vec(), cluster)).await
     }
 
     /// What lies at the start of `span`.

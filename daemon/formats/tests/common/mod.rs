@@ -10,7 +10,7 @@
 use block::disk::DiskOptions;
 use block::perm::Bits;
 use block::{Disk, Graph, Perms};
-use formats::Formats;
+use formats::{Formats, Workers};
 use io::{IoThread, Params};
 use qapi::Qapi;
 use qapi::types::block::BlockdevOptions;
@@ -70,7 +70,7 @@ pub fn qemu_io(dir: &Path, image: &str, commands: &[&str]) {
 }
 
 pub fn graph() -> Graph {
-    Graph::new(Arc::new(Formats(drivers::Drivers::default())))
+    Graph::new(Arc::new(Formats::new(drivers::Drivers::default(), Workers::default())))
 }
 
 pub fn options(json: &Value) -> BlockdevOptions {
