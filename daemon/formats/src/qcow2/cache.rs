@@ -83,6 +83,8 @@ pub struct Cache {
     dirty: Mutex<BTreeMap<u64, Arc<Block>>>,
     /// How many there are in that list.
     dirty_count: AtomicUsize,
+    /// Room was needed when most of the cache was dirty.
+    short: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -142,7 +144,14 @@ impl Cache {
     /// A cache of `bytes` bytes in blocks of `unit` bytes, two at least.
     pub fn new(bytes: u64, unit: usize) -> Self {
         let capacity = usize::try_from(bytes / u64_of(unit).max(1)).unwrap_or(usize::MAX).max(2);
-        Self { unit, capacity, table: RwLock::default(), dirty: Mutex::default(), dirty_count: AtomicUsize::new(0) }
+        Self {
+            unit,
+            capacity,
+            table: RwLock::default(),
+            dirty: Mutex::default(),
+            dirty_count: AtomicUsize::new(0),
+            short: AtomicBool::new(false),
+        }
     }
 
     /// Bytes of a block.
@@ -200,7 +209,7 @@ impl Cache {
             match table.map.get(&at) {
                 Some(block) => Arc::clone(block),
                 None => {
-                    table.make_room(self.capacity);
+                    self.make_room(&mut table);
                     let block = Block::new(at, None);
                     table.insert(&block);
                     block
@@ -218,11 +227,21 @@ impl Cache {
         Ok(block)
     }
 
+    fn make_room(&self, table: &mut Table) {
+        if table.map.len() >= self.capacity {
+            if self.dirty() > self.capacity / 2 {
+                self.short.store(true, Ordering::Relaxed);
+            }
+            table.make_room(self.capacity);
+        }
+    }
+
     /// Puts a new block in, to be written.
     pub fn put(&self, at: u64, bytes: Vec<u8>) {
         let block = Block::new(at, Some(State { bytes, version: 1, written: 0, gone: false }));
         let mut table = self.table_mut();
         self.forget_one(&mut table, at);
+        self.make_room(&mut table);
         self.list(&block);
         table.insert(&block);
     }
@@ -269,9 +288,14 @@ impl Cache {
         self.dirty_count.load(Ordering::Acquire)
     }
 
-    /// Whether so much of the cache is dirty that it should be written.
+    /// Whether dirty blocks should be written, because others need their room.
     pub fn is_crowded(&self) -> bool {
-        self.dirty() > (self.capacity / 2).max(1)
+        self.short.load(Ordering::Relaxed) && self.dirty() > self.capacity / 2
+    }
+
+    /// Whether only dirty blocks are left, so that the cache grows beyond its size.
+    pub fn is_full(&self) -> bool {
+        self.is_crowded() && self.dirty() >= self.capacity
     }
 
     /// Copies of all dirty blocks, in the order of the file.
@@ -279,6 +303,7 @@ impl Cache {
         if self.dirty() == 0 {
             return Vec::new();
         }
+        self.short.store(false, Ordering::Relaxed);
         let blocks: Vec<_> = self.dirty_list().values().cloned().collect();
         let copy = |block: Arc<Block>| {
             let state = block.loaded()?;

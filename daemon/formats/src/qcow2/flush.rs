@@ -14,7 +14,7 @@
 use super::bytes::u64_of;
 use super::cache::Copy;
 use super::header::{self, Header};
-use super::image::{Free, Qcow2, lock};
+use super::image::{Free, Qcow2, Turn, lock};
 use super::join::join_all;
 use super::refcount::SECTOR;
 use block::{Edge, IoResult, Span, WriteFlags};
@@ -32,7 +32,7 @@ impl Qcow2 {
             // Nobody has unlinked anything either, or it would be dirty.
             return self.barrier().await;
         }
-        self.write_out(true).await
+        self.write_out().await
     }
 
     /// Data, and metadata that has been written, is on stable storage.
@@ -43,23 +43,52 @@ impl Qcow2 {
         self.file.flush().await
     }
 
-    /// Writes all dirty metadata. Callers that come while one is at it share the next one's work, unless `now` is false:
-    /// then there is no need for that, someone is making room.
-    pub(super) async fn write_out(&self, now: bool) -> IoResult {
+    /// Writes all dirty metadata. Callers that come while one is at it share the next one's work.
+    pub(super) async fn write_out(&self) -> IoResult {
         let before = self.flushes.load(Ordering::Acquire);
-        let mut turn = self.turn.lock().await;
-        if turn.done > before || (!now && !self.l2.is_crowded() && !self.refs.blocks.is_crowded()) {
+        let turn = self.turn.lock().await;
+        if turn.done > before {
             return Ok(());
         }
+        self.take_turn(turn).await
+    }
+
+    async fn take_turn(&self, mut turn: tokio::sync::MutexGuard<'_, Turn>) -> IoResult {
         let number = self.flushes.fetch_add(1, Ordering::AcqRel) + 1;
         self.write_in_order().await?;
         turn.done = number;
         Ok(())
     }
 
+    /// Writes metadata if there is so much of it that the caches do not take more, or so many clusters wait for it to be
+    /// freed. Called after each change. Goes on while another one is at it, unless a cache holds nothing else any more.
+    pub(super) async fn make_room(&self) -> IoResult {
+        let counts = self.refs.blocks.is_crowded();
+        let links = self.l2.is_crowded() || self.much_unlinked.load(Ordering::Relaxed);
+        if !counts && !links {
+            return Ok(());
+        }
+        let turn = match self.turn.try_lock() {
+            Ok(turn) => turn,
+            Err(_) if !self.refs.blocks.is_full() && !self.l2.is_full() => return Ok(()),
+            Err(_) => self.turn.lock().await,
+        };
+        if links && (self.l2.is_crowded() || self.much_unlinked.load(Ordering::Relaxed)) {
+            return self.take_turn(turn).await;
+        }
+        // Counts alone need no barrier: they are never too low, and who writes what relies on them begins with one.
+        let blocks = self.refs.blocks.dirty_copies();
+        write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
+        for copy in &blocks {
+            self.refs.blocks.written(copy);
+        }
+        Ok(())
+    }
+
     /// The caller has the turn.
     async fn write_in_order(&self) -> IoResult {
         let unlinked = std::mem::take(&mut *lock(&self.unlinked));
+        self.much_unlinked.store(false, Ordering::Relaxed);
         let l1 = self.take_l1();
         let l2 = self.l2.dirty_copies();
         let result = self.write_copies(&l1, &l2).await;
@@ -227,7 +256,7 @@ impl Qcow2 {
                 break;
             }
             // A failure cannot be told to anybody here; the node has been flushed before, and that could be.
-            if self.write_out(true).await.is_err() {
+            if self.write_out().await.is_err() {
                 break;
             }
         }

@@ -89,6 +89,8 @@ pub struct Qcow2 {
     pub(super) tables: Overlap,
     /// What was unlinked since the last flush. Never across an await.
     pub(super) unlinked: Mutex<Vec<Free>>,
+    /// That is so much that it should not wait for the guest to flush.
+    pub(super) much_unlinked: AtomicBool,
     /// What was unlinked before it, and the epoch whose requests may still use it. Never across an await.
     pub(super) retired: Mutex<Vec<(u64, Vec<Free>)>>,
     pub(super) turn: tokio::sync::Mutex<Turn>,

@@ -72,6 +72,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         busy: block::overlap::Overlap::default(),
         tables: block::overlap::Overlap::default(),
         unlinked: Vec::new().into(),
+        much_unlinked: false.into(),
         retired: Vec::new().into(),
         turn: tokio::sync::Mutex::default(),
         flushes: AtomicU64::new(0),

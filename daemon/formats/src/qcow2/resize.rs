@@ -44,7 +44,7 @@ impl Qcow2 {
             let none = super::entry::Entry::NONE;
             self.each_slice(Span::new(start, end - start), false, |_, _| Ok(none)).await?;
         }
-        self.write_out(true).await?;
+        self.write_out().await?;
         self.set_size(size).await
     }
 
@@ -65,7 +65,7 @@ impl Qcow2 {
         if let Some(data) = self.data_file.as_ref().filter(|data| self.raw_data && data.size() < size) {
             data.truncate(size, false, Prealloc::Off).await.map_err(|_| Errno::EIO)?;
         }
-        self.write_out(true).await?;
+        self.write_out().await?;
         self.set_size(size).await
     }
 
@@ -97,7 +97,7 @@ impl Qcow2 {
     /// Moves the L1 table to a larger place.
     async fn grow_l1(&self, needed: u64) -> IoResult {
         // No dirty sector may be left behind at the old place.
-        self.write_out(true).await?;
+        self.write_out().await?;
         let turn = self.turn.lock().await;
         let bits = self.shape.cluster_bits;
         let clusters = (needed * 8).div_ceil(self.shape.cluster());
@@ -105,7 +105,7 @@ impl Qcow2 {
         let place = self.refs.claim_row(clusters, &taken, &self.file).await?;
         drop(turn);
         // Its clusters are counted in the image before anything names them.
-        self.write_out(true).await?;
+        self.write_out().await?;
         let _turn = self.turn.lock().await;
         let (mut entries, old) = {
             let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);

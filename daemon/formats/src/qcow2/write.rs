@@ -18,6 +18,10 @@ const GATHER: u64 = 512 << 10;
 /// Most bytes that are allocated as one step.
 const STEP: u64 = 4 << 20;
 
+/// Entries of unlinked clusters that wait for the guest's next flush, before one is made for them: until then their space
+/// cannot be used.
+const UNLINKED: usize = 4096;
+
 /// How a run of clusters can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -50,10 +54,7 @@ impl Qcow2 {
             done += self.write_some(at + u64_of(done), &rest, flags).await?;
         }
         drop(inside);
-        if self.l2.is_crowded() || self.refs.blocks.is_crowded() {
-            self.write_out(false).await?;
-        }
-        Ok(())
+        self.make_room().await
     }
 
     /// Writes as much of the beginning of `buf` as goes in one way; returns the number of bytes.
@@ -385,6 +386,9 @@ impl Qcow2 {
                 Place::Packed { at, len } => at >> bits..((at + len - 1) >> bits) + 1,
             };
             unlinked.push(Free { clusters, discard, table: false });
+        }
+        if unlinked.len() > UNLINKED {
+            self.much_unlinked.store(true, Ordering::Relaxed);
         }
     }
 

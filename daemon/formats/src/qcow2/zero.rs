@@ -80,10 +80,7 @@ impl Qcow2 {
             drop(held);
             at = end;
         }
-        if self.l2.is_crowded() {
-            self.write_out(false).await?;
-        }
-        Ok(())
+        self.make_room().await
     }
 
     /// All entries of `at..end`, or none if one cannot be changed. Returns those that were given up.
