@@ -262,10 +262,10 @@ impl Cache {
 
     /// Forgets all blocks.
     pub fn clear(&self) {
-        let mut map = self.map_mut();
-        let all: Vec<u64> = map.keys().copied().collect();
+        let mut table = self.table_mut();
+        let all: Vec<u64> = table.map.keys().copied().collect();
         for at in all {
-            self.forget_one(&mut map, at);
+            self.forget_one(&mut table, at);
         }
     }
 

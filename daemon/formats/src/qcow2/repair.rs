@@ -56,7 +56,7 @@ impl Qcow2 {
             return Ok(());
         }
         for _ in 0..4 {
-            self.write_out(true).await?;
+            self.write_out().await?;
             if self.is_clean() && lock(&self.retired).is_empty() && lock(&self.unlinked).is_empty() {
                 break;
             }
