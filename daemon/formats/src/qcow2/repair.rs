@@ -75,6 +75,7 @@ impl Qcow2 {
         let reftable = IoBuf::alloc(us(header.reftable_bytes()));
         self.file.read(header.reftable_at, &reftable).await?;
         self.l2.clear();
+        self.unpacked.forget(&(0..u64::MAX));
         self.refs.read_anew(header.reftable_at, &reftable.to_vec());
         lock(&self.unlinked).clear();
         lock(&self.retired).clear();
