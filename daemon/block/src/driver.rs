@@ -18,6 +18,7 @@ use crate::reservation::Reservations;
 use buf::IoBuf;
 use nix::errno::Errno;
 use qapi::types::block_filters::BlkdebugEvent;
+use qapi::types::block_query::{BlockStatsSpecificVariant, ImageInfoSpecificVariant, SnapshotInfo};
 use qapi::{Error, Result};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -179,6 +180,29 @@ impl Mapping {
     }
 }
 
+/// What a driver knows of its image besides what every node has; the members are those of `ImageInfo`.
+#[derive(Clone, Debug, Default)]
+pub struct ImageDetails {
+    /// Whether the image was not closed properly; none where the driver has no such notion.
+    pub dirty: Option<bool>,
+    /// Bytes of a cluster.
+    pub cluster_size: Option<u32>,
+    /// The data are encrypted.
+    pub encrypted: bool,
+    /// Clusters are compressed.
+    pub compressed: bool,
+    /// The name that the image has for its backing file, as it stands there.
+    pub backing_filename: Option<String>,
+    /// The same as it can be opened.
+    pub full_backing_filename: Option<String>,
+    /// The format that the image gives its backing file.
+    pub backing_filename_format: Option<String>,
+    /// Internal snapshots.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// What only images of this format have.
+    pub specific: Option<ImageInfoSpecificVariant>,
+}
+
 /// A driver, as its author writes it. See the module for what the core guarantees.
 pub trait Driver: Send + Sync + 'static {
     /// The driver's name in QAPI: `file`, `raw`, ...
@@ -198,6 +222,16 @@ pub trait Driver: Send + Sync + 'static {
     /// Bytes that the medium occupies on its host, none where that is unknown.
     fn allocated_size(&self) -> impl Future<Output = Option<u64>> {
         async { None }
+    }
+
+    /// What it knows of its image. For queries: nothing is read that is not in memory, where that can be helped.
+    fn image_info(&self) -> impl Future<Output = ImageDetails> {
+        async { ImageDetails::default() }
+    }
+
+    /// What it counts besides requests.
+    fn driver_stats(&self) -> Option<BlockStatsSpecificVariant> {
+        None
     }
 
     /// Fills `buf` with the bytes from `at`. Bytes after the end of the medium read as zero.
@@ -330,6 +364,8 @@ macro_rules! mirror {
             fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms;
             /// [`Driver::reservations`].
             fn reservations(&self) -> Option<&dyn Reservations>;
+            /// [`Driver::driver_stats`].
+            fn driver_stats(&self) -> Option<BlockStatsSpecificVariant>;
             /// [`Driver::reopen`].
             fn reopen(&self) -> Option<&dyn Reopen>;
             /// [`Driver::backing`].
@@ -379,6 +415,9 @@ macro_rules! mirror {
             fn reservations(&self) -> Option<&dyn Reservations> {
                 Driver::reservations(self)
             }
+            fn driver_stats(&self) -> Option<BlockStatsSpecificVariant> {
+                Driver::driver_stats(self)
+            }
             fn reopen(&self) -> Option<&dyn Reopen> {
                 Driver::reopen(self)
             }
@@ -419,6 +458,7 @@ macro_rules! mirror {
 mirror! {
     fn length(&self) -> IoResult<u64>;
     fn allocated_size(&self) -> Option<u64>;
+    fn image_info(&self) -> ImageDetails;
     fn flush(&self) -> IoResult;
     fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult;
     fn discard(&self, span: Span) -> IoResult;

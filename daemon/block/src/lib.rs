@@ -51,7 +51,7 @@ pub mod testing;
 pub mod throttle;
 
 pub use disk::Disk;
-pub use driver::{Driver, DynDriver, Facts, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
+pub use driver::{Driver, DynDriver, Facts, ImageDetails, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
 pub use edge::{Edge, Role};
 pub use graph::{Graph, OpenContext, Opener};
 

@@ -62,6 +62,8 @@ pub(crate) struct Links {
     pub given: Option<Arc<BlockdevOptions>>,
     /// The node inside whose options this one was made: it inherits options from there while it is its child.
     pub owner: Weak<Node>,
+    /// It was opened because its owner's image names it.
+    pub implicit: bool,
 }
 
 /// A driver in the graph.
@@ -200,6 +202,12 @@ impl Node {
     /// The node inside whose options this one was made.
     pub(crate) fn owner(&self) -> Option<Arc<Node>> {
         self.links().owner.upgrade()
+    }
+
+    /// Whether `child` was opened for this node because its image names it, and no option did.
+    pub fn opened_implicitly(self: &Arc<Self>, child: &Arc<Node>) -> bool {
+        let links = child.links();
+        links.implicit && links.owner.upgrade().is_some_and(|owner| Arc::ptr_eq(&owner, self))
     }
 
     /// Puts options in force. Control task, with nothing in flight.

@@ -23,11 +23,16 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use block::driver::Prealloc;
 use block::reopen::Reopen;
 use block::reservation::{ManagerUse, Reservations};
-use block::{Driver, Errno, Facts, IoResult, Mapping, NodeOptions, Perms, Span, Support, WriteFlags, ZeroFlags};
+use block::{
+    Driver, Errno, Facts, ImageDetails, IoResult, Mapping, NodeOptions, Perms, Span, Support, WriteFlags, ZeroFlags,
+};
 use buf::IoBuf;
 use io::{BlockDevice, DirectAlign, Engine, File};
 use permissions::Locks;
 use qapi::Result;
+use qapi::types::block_query::{
+    BlockStatsSpecificFile, BlockStatsSpecificVariant, ImageInfoSpecificFileWrapper, ImageInfoSpecificVariant,
+};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -85,6 +90,33 @@ impl Default for Able {
     }
 }
 
+/// Counts of discards; unordered, as all counters.
+#[derive(Debug, Default)]
+struct Discards {
+    ok: AtomicU64,
+    failed: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Discards {
+    fn count(&self, bytes: u64, ok: bool) {
+        if ok {
+            self.ok.fetch_add(1, Ordering::Relaxed);
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        } else {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> BlockStatsSpecificFile {
+        BlockStatsSpecificFile {
+            discard_nb_ok: self.ok.load(Ordering::Relaxed),
+            discard_nb_failed: self.failed.load(Ordering::Relaxed),
+            discard_bytes_ok: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
 fn can(flag: &AtomicBool) -> bool {
     flag.load(Ordering::Relaxed)
 }
@@ -109,6 +141,7 @@ pub struct FileDriver {
     /// Guards the locks held and prepared. Control task only, never across an await.
     locks: Mutex<Locks>,
     able: Able,
+    discards: Discards,
     /// Lower bound of a regular file's length in bytes, unless somebody else cuts it.
     end: AtomicU64,
     /// The errno of the first flush that failed, 0 if none did. The kernel may have dropped the pages that it could not
@@ -232,6 +265,19 @@ impl Driver for FileDriver {
         Some(stat.allocated)
     }
 
+    async fn image_info(&self) -> ImageDetails {
+        let specific = Some(ImageInfoSpecificVariant::File(ImageInfoSpecificFileWrapper::default()));
+        ImageDetails { dirty: Some(false), specific, ..ImageDetails::default() }
+    }
+
+    fn driver_stats(&self) -> Option<BlockStatsSpecificVariant> {
+        let counts = self.discards.read();
+        Some(match self.name {
+            "file" => BlockStatsSpecificVariant::File(counts),
+            _ => BlockStatsSpecificVariant::HostDevice(counts),
+        })
+    }
+
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
         self.file()?.read_at(at, buf).await.map(drop)
     }
@@ -270,7 +316,9 @@ impl Driver for FileDriver {
     }
 
     async fn discard(&self, span: Span) -> IoResult {
-        self.give_back(&*self.file()?, span).await
+        let result = self.give_back(&*self.file()?, span).await;
+        self.discards.count(span.len, result.is_ok());
+        result
     }
 
     async fn map(&self, span: Span, precise: bool) -> IoResult<Mapping> {

@@ -1,14 +1,14 @@
 //! What nodes are, what they did, and how they hang together.
 
 use super::Control;
-use block::driver::DynDriver;
 use block::node::DetectZeroes;
 use block::perm::Bits;
 use block::stats::{Op, Stats};
 use block::{Edge, Node, Role};
 use qapi::types::block::BlockdevDetectZeroesOptions;
 use qapi::types::block_query::*;
-use qapi::{Error, Result};
+use qapi::{Error, Result, Value};
+use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ impl Control {
         Ok(Vec::new())
     }
 
-    pub(super) async fn query_named_block_nodes(&mut self, _: QueryNamedBlockNodes) -> Result<Vec<BlockDeviceInfo>> {
+    pub(super) async fn query_named_block_nodes(&mut self, args: QueryNamedBlockNodes) -> Result<Vec<BlockDeviceInfo>> {
         let nodes: Vec<_> = self.graph.nodes().rev().cloned().collect();
         let mut infos = Vec::with_capacity(nodes.len());
         // What the host knows of a file is asked on the pool of threads: a few at a time, so that their waits overlap.
@@ -26,10 +26,10 @@ impl Control {
             let asked: Vec<_> = some
                 .iter()
                 .cloned()
-                .map(|node| tokio::task::spawn_local(async move { device_info(&node).await }))
+                .map(|node| tokio::task::spawn_local(async move { device_info(&node, args.flat).await }))
                 .collect();
             for info in asked {
-                infos.push(info.await.map_err(|error| Error::generic(format!("a query was cut off: {error}")))??);
+                infos.push(info.await.map_err(|error| Error::generic(format!("a query was cut off: {error}")))?);
             }
         }
         Ok(infos)
@@ -107,29 +107,74 @@ fn signed(size: u64) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
 }
 
-/// The file name of a node: its own, or that of the child whose bytes it shows.
+/// The file name of a node: its own, or that of the child whose bytes it shows. Where something else backs an image than
+/// what it names, no file name says what the node shows, and it is a description of the node.
 pub(super) fn filename(node: &Arc<Node>) -> String {
-    let own = node.driver().filename();
-    if !own.is_empty() {
-        return own;
-    }
-    match node.children().iter().find(|edge| edge.role() != Role::Backing) {
-        Some(edge) => filename(&edge.node()),
-        None => String::new(),
+    Shown::of(node).name
+}
+
+fn backing_edge(node: &Node) -> Option<Arc<Edge>> {
+    node.children().into_iter().find(|edge| edge.role() == Role::Backing)
+}
+
+/// How a node is called.
+struct Shown {
+    name: String,
+    /// Options that would open it again.
+    json: Value,
+}
+
+impl Shown {
+    fn of(node: &Arc<Node>) -> Self {
+        let (driver, own) = (node.driver().name(), node.driver().filename());
+        let children: Vec<_> = node.children().into_iter().map(|edge| (Self::of(&edge.node()), edge)).collect();
+        let described = own.strip_prefix("json:").and_then(|json| serde_json::from_str(json).ok());
+        if let Some(Value::Object(mut json)) = described {
+            for (shown, edge) in children {
+                if let Some(child) = json.get_mut(edge.name()) {
+                    *child = shown.json;
+                }
+            }
+            let json = Value::Object(json);
+            return Self { name: format!("json:{json}"), json };
+        }
+        if !own.is_empty() {
+            return Self { json: json!({ "driver": driver, "filename": own }), name: own };
+        }
+        let (backing, others): (Vec<_>, Vec<_>) =
+            children.into_iter().partition(|(_, edge)| edge.role() == Role::Backing);
+        let backing = backing.into_iter().next();
+        let named = node.driver().backing().and_then(|facet| facet.named());
+        let differs = match (&named, &backing) {
+            (Some(_), Some((_, edge))) if node.opened_implicitly(&edge.node()) => false,
+            (Some(named), Some((shown, _))) => *named != shown.name,
+            (None, None) => false,
+            _ => true,
+        };
+        let primary = others.first().map(|(shown, _)| shown.name.clone());
+        let mut json = serde_json::Map::new();
+        if differs {
+            json.insert("backing".to_owned(), backing.map_or(Value::Null, |(shown, _)| shown.json));
+        }
+        json.insert("driver".to_owned(), driver.into());
+        json.extend(others.into_iter().map(|(shown, edge)| (edge.name().to_owned(), shown.json)));
+        let json = Value::Object(json);
+        Self { name: if differs { format!("json:{json}") } else { primary.unwrap_or_default() }, json }
     }
 }
 
-async fn device_info(node: &Arc<Node>) -> Result<BlockDeviceInfo> {
+async fn device_info(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
     let options = node.options();
     let file = filename(node);
     let cache = BlockdevCacheInfo { writeback: true, direct: options.direct, no_flush: options.no_flush };
     let children = node.children();
-    Ok(BlockDeviceInfo {
-        image: image_info(node, file.clone()).await?,
+    BlockDeviceInfo {
+        image: image_info(node, file.clone(), !flat).await,
         file,
         node_name: node.name().to_owned(),
         ro: options.read_only,
         drv: node.driver().name().to_owned(),
+        backing_file: backing_edge(node).map(|edge| filename(&edge.node())),
         backing_file_depth: backing_depth(node),
         children: children
             .iter()
@@ -148,17 +193,39 @@ async fn device_info(node: &Arc<Node>) -> Result<BlockDeviceInfo> {
         iops: 0,
         iops_rd: 0,
         iops_wr: 0,
+        bps_max: None,
+        bps_rd_max: None,
+        bps_wr_max: None,
+        iops_max: None,
+        iops_rd_max: None,
+        iops_wr_max: None,
+        bps_max_length: None,
+        bps_rd_max_length: None,
+        bps_wr_max_length: None,
+        iops_max_length: None,
+        iops_rd_max_length: None,
+        iops_wr_max_length: None,
+        iops_size: None,
+        group: None,
         cache,
         write_threshold: 0,
-    })
+    }
+}
+
+/// The node that shows through: what backs it, or what a filter filters.
+fn below(node: &Node) -> Option<Arc<Node>> {
+    // `raw` shows another node's bytes as a format of its own.
+    let filter = node.driver().name() != "raw";
+    let shows = |edge: &Arc<Edge>| edge.role() == Role::Backing || (filter && edge.role() == Role::Filtered);
+    node.children().iter().find(|edge| shows(edge)).map(|edge| edge.node())
 }
 
 fn backing_depth(node: &Arc<Node>) -> i64 {
     let mut depth = 0;
-    let mut node = Arc::clone(node);
-    while let Some(edge) = node.children().into_iter().find(|edge| edge.role() == Role::Backing) {
+    let mut node = below(node);
+    while let Some(next) = node {
         depth += 1;
-        node = edge.node();
+        node = below(&next);
     }
     depth
 }
@@ -176,20 +243,31 @@ async fn allocated_size(node: &Arc<Node>) -> Option<u64> {
     sum
 }
 
-async fn image_info(node: &Arc<Node>, filename: String) -> Result<ImageInfo> {
-    let name = node.driver().name();
-    let specific = ["file", "host_device"]
-        .contains(&name)
-        .then(|| ImageInfoSpecific { kind: ImageInfoSpecificVariant::File(ImageInfoSpecificFileWrapper::default()) });
-    Ok(ImageInfo {
+/// The image of a node; with what shows through below it if `chain`.
+async fn image_info(node: &Arc<Node>, filename: String, chain: bool) -> ImageInfo {
+    let details = node.driver().image_info().await;
+    let mut info = ImageInfo {
         filename,
-        format: name.to_owned(),
-        dirty_flag: false,
+        format: node.driver().name().to_owned(),
+        dirty_flag: details.dirty,
         actual_size: allocated_size(node).await.map(signed),
         virtual_size: signed(node.size()),
+        cluster_size: details.cluster_size.map(i64::from),
+        encrypted: details.encrypted.then_some(true),
+        compressed: details.compressed.then_some(true),
+        backing_filename: details.backing_filename,
+        full_backing_filename: details.full_backing_filename,
+        backing_filename_format: details.backing_filename_format,
+        snapshots: (!details.snapshots.is_empty()).then_some(details.snapshots),
+        backing_image: None,
         limits: Some(limits(node)),
-        format_specific: specific,
-    })
+        format_specific: details.specific.map(|kind| ImageInfoSpecific { kind }),
+    };
+    if chain && let Some(below) = below(node) {
+        let name = self::filename(&below);
+        info.backing_image = Some(Box::new(Box::pin(image_info(&below, name, true)).await));
+    }
+    info
 }
 
 fn limits(node: &Node) -> BlockLimitsInfo {
@@ -212,17 +290,17 @@ fn limits(node: &Node) -> BlockLimitsInfo {
 }
 
 fn node_stats(node: &Arc<Node>) -> BlockStats {
-    let below = node.children().into_iter().find(|edge| edge.role() != Role::Backing);
+    let children = node.children();
+    let below = children.iter().find(|edge| edge.role() != Role::Backing);
     BlockStats {
+        device: None,
+        qdev: None,
         node_name: node.name().to_owned(),
         stats: device_stats(node.stats()),
-        driver_specific: driver_stats(node.driver()),
+        driver_specific: node.driver().driver_stats().map(|driver| BlockStatsSpecific { driver }),
         parent: below.map(|edge| Box::new(node_stats(&edge.node()))),
+        backing: backing_edge(node).map(|edge| Box::new(node_stats(&edge.node()))),
     }
-}
-
-fn driver_stats(_driver: &dyn DynDriver) -> Option<BlockStatsSpecific> {
-    None
 }
 
 fn device_stats(stats: &Stats) -> BlockDeviceStats {

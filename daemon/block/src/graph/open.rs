@@ -122,7 +122,9 @@ impl OpenContext<'_> {
                 "Files that an image names are not opened here: give '{name}' as an option"
             )));
         }
-        self.child(name, role, &BlockdevRef::Definition(Box::new(child))).await
+        let edge = self.child(name, role, &BlockdevRef::Definition(Box::new(child))).await?;
+        edge.node().links().implicit = true;
+        Ok(edge)
     }
 
     async fn open_node(&mut self, options: &BlockdevOptions, inherited: &NodeOptions, root: bool) -> Result<Arc<Node>> {

@@ -1,7 +1,7 @@
 //! Opening: what the options ask for, and whether the file is what the driver is for.
 
 use super::permissions::Locks;
-use super::{Able, FileDriver, Medium, Settings};
+use super::{Able, Discards, FileDriver, Medium, Settings};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use block::OpenContext;
 use io::{Access, Engine, File, FileKind, ImageLock, IoThread, Locking, OpenHow};
@@ -62,6 +62,7 @@ async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOption
         file: ArcSwapOption::from_pointee(file),
         locks: Mutex::new(Locks::new(lock)),
         able: Able::default(),
+        discards: Discards::default(),
         end: AtomicU64::new(stat.size),
         lost: AtomicI32::new(0),
         manager,

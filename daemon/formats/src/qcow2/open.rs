@@ -293,7 +293,7 @@ fn named(name: &str, format: Option<&str>, image: &Edge) -> Result<BlockdevOptio
 }
 
 /// A path that is relative to the folder of the image.
-fn beside(path: &str, image: &Edge) -> Result<String> {
+pub(super) fn beside(path: &str, image: &Edge) -> Result<String> {
     if Path::new(path).is_absolute() {
         return Ok(path.to_owned());
     }

@@ -56,6 +56,29 @@ pub struct BlockLimitsInfo {
     pub opt_mem_alignment: u64,
 }
 
+/// An internal snapshot of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "1.3")]
+pub struct SnapshotInfo {
+    /// Its number.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Bytes of the state of a virtual machine in it.
+    pub vm_state_size: i64,
+    /// When it was made, in seconds since 1970.
+    pub date_sec: i64,
+    /// The rest, in nanoseconds.
+    pub date_nsec: i64,
+    /// How long the virtual machine had run, in seconds.
+    pub vm_clock_sec: i64,
+    /// The rest, in nanoseconds.
+    pub vm_clock_nsec: i64,
+    /// Instructions that it had run, where they were counted.
+    #[qapi(since = "5.2")]
+    pub icount: Option<i64>,
+}
+
 /// An image.
 #[derive(Debug, Clone, PartialEq, Qapi)]
 #[qapi(since = "1.3")]
@@ -64,12 +87,29 @@ pub struct ImageInfo {
     pub filename: String,
     /// Its format: the name of the driver.
     pub format: String,
-    /// It was not closed properly.
-    pub dirty_flag: bool,
+    /// It was not closed properly; left out where images have no such mark.
+    pub dirty_flag: Option<bool>,
     /// Bytes that it takes in the host's file system, where that can be told.
     pub actual_size: Option<i64>,
     /// Its size in bytes as a client sees it.
     pub virtual_size: i64,
+    /// Bytes of a cluster, in formats with clusters.
+    pub cluster_size: Option<i64>,
+    /// Its data are encrypted; left out if not.
+    pub encrypted: Option<bool>,
+    /// Its clusters are compressed; left out if not.
+    #[qapi(since = "1.7")]
+    pub compressed: Option<bool>,
+    /// The name that it has for its backing file.
+    pub backing_filename: Option<String>,
+    /// The same as it can be opened, where that is another.
+    pub full_backing_filename: Option<String>,
+    /// The format that it gives its backing file.
+    pub backing_filename_format: Option<String>,
+    /// Its internal snapshots; left out if there are none.
+    pub snapshots: Option<Vec<SnapshotInfo>>,
+    /// What backs it; for a filter, what it filters.
+    pub backing_image: Option<Box<ImageInfo>>,
     /// The limits of requests.
     #[qapi(since = "10.2")]
     pub limits: Option<BlockLimitsInfo>,
@@ -120,6 +160,9 @@ pub struct BlockDeviceInfo {
     pub ro: bool,
     /// The name of its driver.
     pub drv: String,
+    /// The file name of its backing file, if it has one.
+    #[qapi(rename = "backing_file")]
+    pub backing_file: Option<String>,
     /// Backing files below it.
     #[qapi(rename = "backing_file_depth", since = "1.2")]
     pub backing_file_depth: i64,
@@ -153,6 +196,48 @@ pub struct BlockDeviceInfo {
     /// The image.
     #[qapi(since = "1.6")]
     pub image: ImageInfo,
+    /// Bursts of bytes a second. Never there: limits belong to throttle groups here.
+    #[qapi(rename = "bps_max", since = "1.7")]
+    pub bps_max: Option<i64>,
+    /// Bursts of bytes read a second. Never there: limits belong to throttle groups here.
+    #[qapi(rename = "bps_rd_max", since = "1.7")]
+    pub bps_rd_max: Option<i64>,
+    /// Bursts of bytes written a second. Never there: limits belong to throttle groups here.
+    #[qapi(rename = "bps_wr_max", since = "1.7")]
+    pub bps_wr_max: Option<i64>,
+    /// Bursts of requests a second. Never there: limits belong to throttle groups here.
+    #[qapi(rename = "iops_max", since = "1.7")]
+    pub iops_max: Option<i64>,
+    /// Bursts of reads a second. Never there: limits belong to throttle groups here.
+    #[qapi(rename = "iops_rd_max", since = "1.7")]
+    pub iops_rd_max: Option<i64>,
+    /// Bursts of writes a second. Never there: limits belong to throttle groups here.
+    #[qapi(rename = "iops_wr_max", since = "1.7")]
+    pub iops_wr_max: Option<i64>,
+    /// Seconds that a burst of bytes may last. Never there.
+    #[qapi(rename = "bps_max_length", since = "2.6")]
+    pub bps_max_length: Option<i64>,
+    /// Seconds that a burst of bytes read may last. Never there.
+    #[qapi(rename = "bps_rd_max_length", since = "2.6")]
+    pub bps_rd_max_length: Option<i64>,
+    /// Seconds that a burst of bytes written may last. Never there.
+    #[qapi(rename = "bps_wr_max_length", since = "2.6")]
+    pub bps_wr_max_length: Option<i64>,
+    /// Seconds that a burst of requests may last. Never there.
+    #[qapi(rename = "iops_max_length", since = "2.6")]
+    pub iops_max_length: Option<i64>,
+    /// Seconds that a burst of reads may last. Never there.
+    #[qapi(rename = "iops_rd_max_length", since = "2.6")]
+    pub iops_rd_max_length: Option<i64>,
+    /// Seconds that a burst of writes may last. Never there.
+    #[qapi(rename = "iops_wr_max_length", since = "2.6")]
+    pub iops_wr_max_length: Option<i64>,
+    /// Bytes of a request that counts as one. Never there.
+    #[qapi(rename = "iops_size", since = "1.7")]
+    pub iops_size: Option<i64>,
+    /// The throttle group. Never there: a node of the driver `throttle` names its group.
+    #[qapi(since = "2.4")]
+    pub group: Option<String>,
     /// How much of the host's cache it uses.
     #[qapi(since = "2.3")]
     pub cache: BlockdevCacheInfo,
@@ -336,6 +421,28 @@ pub struct BlockDeviceStats {
     /// What happened in the intervals that statistics are kept for; the daemon keeps none.
     #[qapi(since = "2.5")]
     pub timed_stats: Vec<BlockDeviceTimedStats>,
+    /// How long reads took. Never there, as nothing in the daemon asks for histograms.
+    #[qapi(rename = "rd_latency_histogram", since = "4.0")]
+    pub rd_latency_histogram: Option<BlockLatencyHistogramInfo>,
+    /// How long writes took. Never there.
+    #[qapi(rename = "wr_latency_histogram", since = "4.0")]
+    pub wr_latency_histogram: Option<BlockLatencyHistogramInfo>,
+    /// How long zone appends took. Never there.
+    #[qapi(rename = "zone_append_latency_histogram", since = "8.1")]
+    pub zone_append_latency_histogram: Option<BlockLatencyHistogramInfo>,
+    /// How long flushes took. Never there.
+    #[qapi(rename = "flush_latency_histogram", since = "4.0")]
+    pub flush_latency_histogram: Option<BlockLatencyHistogramInfo>,
+}
+
+/// How many requests took how long.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "4.0")]
+pub struct BlockLatencyHistogramInfo {
+    /// The times between two bins, in nanoseconds.
+    pub boundaries: Vec<u64>,
+    /// Requests in each bin, one more than there are boundaries.
+    pub bins: Vec<u64>,
 }
 
 /// What files count besides.
@@ -374,6 +481,11 @@ pub enum BlockStatsSpecificVariant {
 #[derive(Debug, Clone, PartialEq, Qapi)]
 #[qapi(since = "0.14")]
 pub struct BlockStats {
+    /// The name of a device. Never there: the daemon has none.
+    pub device: Option<String>,
+    /// The path of a device. Never there.
+    #[qapi(since = "3.0")]
+    pub qdev: Option<String>,
     /// The name of the node.
     #[qapi(since = "2.3")]
     pub node_name: String,
@@ -384,6 +496,9 @@ pub struct BlockStats {
     pub driver_specific: Option<BlockStatsSpecific>,
     /// The same for the node that has its data: its `file`.
     pub parent: Option<Box<BlockStats>>,
+    /// The same for the node that backs it.
+    #[qapi(since = "2.1")]
+    pub backing: Option<Box<BlockStats>>,
 }
 
 /// Counts what was read and written.
