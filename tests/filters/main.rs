@@ -3,6 +3,8 @@
 
 mod blkdebug;
 mod fault;
+mod log;
+mod space;
 mod throttle;
 
 const MIB: u64 = 1 << 20;

@@ -157,6 +157,18 @@ impl Disk {
         self.request(Op::Write, span(at, buf), async |node| node.write(at, buf, flags).await).await
     }
 
+    /// Writes `buf` at `at` in a form that takes less space, see [`Node::write_compressed`].
+    ///
+    /// # Errors
+    /// `EIO` beyond the end; else the errno of the node.
+    pub async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
+        self.request(Op::Write, span(at, buf), async |node| {
+            node.write_compressed(at, buf).await?;
+            if self.inner.writethrough { node.flush().await } else { Ok(()) }
+        })
+        .await
+    }
+
     /// Makes `span` read as zero.
     ///
     /// # Errors

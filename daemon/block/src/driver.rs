@@ -85,6 +85,8 @@ pub struct Facts {
     pub zero: Support,
     /// [`Driver::discard`] exists.
     pub discard: Support,
+    /// [`Driver::write_compressed`] exists, and takes runs of this many bytes; 0 where it does not. A power of two.
+    pub compressed_unit: u32,
 }
 
 impl Default for Facts {
@@ -101,6 +103,7 @@ impl Default for Facts {
             fua: Support::None,
             zero: Support::None,
             discard: Support::None,
+            compressed_unit: 0,
         }
     }
 }
@@ -240,6 +243,13 @@ pub trait Driver: Send + Sync + 'static {
     /// Writes `buf` at `at`. `flags.fua` is set only where [`Facts::fua`] is not `None`.
     fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> impl Future<Output = IoResult>;
 
+    /// Writes `buf` at `at` so that it takes less space, where it can. Called where [`Facts::compressed_unit`] is not 0; both
+    /// ends are multiples of it, or the end of the node.
+    fn write_compressed(&self, at: u64, buf: &IoBuf) -> impl Future<Output = IoResult> {
+        let _ = (at, buf);
+        async { Err(Errno::ENOTSUP) }
+    }
+
     /// All writes that completed before this call are on stable storage when it returns. A filter flushes its child.
     fn flush(&self) -> impl Future<Output = IoResult>;
 
@@ -360,6 +370,8 @@ macro_rules! mirror {
             fn read<'a>(&'a self, at: u64, buf: &'a IoBuf) -> LocalFuture<'a, IoResult>;
             /// [`Driver::write`], boxed.
             fn write<'a>(&'a self, at: u64, buf: &'a IoBuf, flags: WriteFlags) -> LocalFuture<'a, IoResult>;
+            /// [`Driver::write_compressed`], boxed.
+            fn write_compressed<'a>(&'a self, at: u64, buf: &'a IoBuf) -> LocalFuture<'a, IoResult>;
             /// [`Driver::child_perms`].
             fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms;
             /// [`Driver::reservations`].
@@ -408,6 +420,9 @@ macro_rules! mirror {
             }
             fn write<'a>(&'a self, at: u64, buf: &'a IoBuf, flags: WriteFlags) -> LocalFuture<'a, IoResult> {
                 Box::pin(Driver::write(self, at, buf, flags))
+            }
+            fn write_compressed<'a>(&'a self, at: u64, buf: &'a IoBuf) -> LocalFuture<'a, IoResult> {
+                Box::pin(Driver::write_compressed(self, at, buf))
             }
             fn child_perms(&self, child: &Edge, of_node: Perms) -> Perms {
                 Driver::child_perms(self, child, of_node)

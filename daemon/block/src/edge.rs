@@ -144,6 +144,14 @@ impl Edge {
         self.node().write(at, buf, flags).await
     }
 
+    /// [`Node::write_compressed`] on the child.
+    ///
+    /// # Errors
+    /// The errno of the node.
+    pub async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
+        self.node().write_compressed(at, buf).await
+    }
+
     /// [`Node::zero`] on the child.
     ///
     /// # Errors

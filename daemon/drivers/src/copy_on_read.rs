@@ -101,7 +101,7 @@ impl Driver for CopyOnRead {
     }
 
     fn facts(&self) -> Facts {
-        filter::facts(&self.file)
+        Facts { compressed_unit: self.file.facts().compressed_unit, ..filter::facts(&self.file) }
     }
 
     fn filename(&self) -> String {
@@ -130,6 +130,11 @@ impl Driver for CopyOnRead {
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
         let _held = self.overlap.reserve(Span::new(at, len_of(buf)), false).await;
         self.file.write(at, buf, flags).await
+    }
+
+    async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
+        let _held = self.overlap.reserve(Span::new(at, len_of(buf)), false).await;
+        self.file.write_compressed(at, buf).await
     }
 
     async fn flush(&self) -> IoResult {

@@ -1,4 +1,4 @@
-//! `file` and `host_device`: a regular file, or a block or character device, of this host.
+//! `file`, `host_device` and `host_cdrom`: a regular file, a block or character device, or a drive, of this host.
 //!
 //! The driver owns the open file, its image locks and what was learned about it. The file may be replaced by another
 //! opening of itself when write permission comes or goes (`auto-read-only`): requests hold the one that they started with.
@@ -17,7 +17,7 @@ mod reopen;
 mod reservation;
 mod space;
 
-pub use open::{open_device, open_regular};
+pub use open::{open_cdrom, open_device, open_regular};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use block::driver::Prealloc;
@@ -42,6 +42,8 @@ enum Medium {
     Regular,
     Block(BlockDevice),
     Char,
+    /// A drive, which may have no medium.
+    Drive,
 }
 
 /// When the file is open for writing.
@@ -228,7 +230,7 @@ impl Driver for FileDriver {
                 dev.io_opt,
                 dev.queue.discard_granularity.and_then(|bytes| u32::try_from(bytes).ok()).unwrap_or(0),
             ),
-            Medium::Regular | Medium::Char => (1, 0, 0),
+            Medium::Regular | Medium::Char | Medium::Drive => (1, 0, 0),
         };
         let align = self.settings().align;
         let native = |able: bool| if able { Support::Native } else { Support::None };
@@ -236,7 +238,7 @@ impl Driver for FileDriver {
         let zero = match self.medium {
             Medium::Regular => can(&self.able.punch) || can(&self.able.zero_range),
             Medium::Block(_) => can(&self.able.punch) || can(&self.able.zero_out),
-            Medium::Char => false,
+            Medium::Char | Medium::Drive => false,
         };
         let granularity = if granularity.is_power_of_two() { granularity } else { 1 };
         Facts {
@@ -247,7 +249,7 @@ impl Driver for FileDriver {
             discard_align: sector.max(granularity).max(align.offset),
             fua: native(!is_char),
             zero: native(zero),
-            discard: native(!is_char && can(&self.able.discard)),
+            discard: native(!is_char && !matches!(self.medium, Medium::Drive) && can(&self.able.discard)),
             ..Facts::default()
         }
     }
@@ -279,7 +281,11 @@ impl Driver for FileDriver {
     }
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
-        self.file()?.read_at(at, buf).await.map(drop)
+        let file = self.file()?;
+        if matches!(self.medium, Medium::Drive) && !file.has_disc().await {
+            return Err(Errno::ENOMEDIUM);
+        }
+        file.read_at(at, buf).await.map(drop)
     }
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {

@@ -17,6 +17,8 @@ pub fn facts(child: &Edge) -> Facts {
         zero_align: 1,
         discard: below.discard,
         discard_align: 1,
+        // Each filter says by itself whether it passes them on.
+        compressed_unit: 0,
         ..(*below).clone()
     }
 }

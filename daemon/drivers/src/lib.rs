@@ -2,13 +2,16 @@
 //!
 //! | module | drivers |
 //! | --- | --- |
-//! | [`file`] | `file`, `host_device` |
+//! | [`file`] | `file`, `host_device`, `host_cdrom` |
 //! | [`raw`] | `raw` |
 //! | [`null`] | `null-co`, `null-aio` |
 //! | [`blkdebug`] | `blkdebug` |
 //! | [`copy_on_read`] | `copy-on-read` |
+//! | [`blklogwrites`] | `blklogwrites` |
 //! | [`blkverify`] | `blkverify` |
+//! | [`compress`] | `compress` |
 //! | [`fault`] | `x-fault` |
+//! | [`preallocate`] | `preallocate` |
 //! | [`throttle`] | `throttle` |
 //! | [`filter`] | none: what those share that show the bytes of another node |
 //!
@@ -17,12 +20,15 @@
 #![forbid(unsafe_code)]
 
 pub mod blkdebug;
+pub mod blklogwrites;
 pub mod blkverify;
+pub mod compress;
 pub mod copy_on_read;
 pub mod fault;
 pub mod file;
 pub mod filter;
 pub mod null;
+pub mod preallocate;
 pub mod raw;
 pub mod throttle;
 
@@ -68,12 +74,16 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::Blkdebug(options) => {
                     boxed(blkdebug::open(cx, Arc::clone(&self.clock), options).await?)
                 }
+                BlockdevDriverOptions::Blklogwrites(options) => boxed(blklogwrites::open(cx, options).await?),
                 BlockdevDriverOptions::Blkverify(options) => boxed(blkverify::open(cx, options).await?),
+                BlockdevDriverOptions::Compress(options) => boxed(compress::open(cx, options).await?),
                 BlockdevDriverOptions::CopyOnRead(options) => boxed(copy_on_read::open(cx, options).await?),
                 BlockdevDriverOptions::File(file) => boxed(file::open_regular(cx, file).await?),
+                BlockdevDriverOptions::HostCdrom(file) => boxed(file::open_cdrom(cx, file).await?),
                 BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(cx, file).await?),
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),
                 BlockdevDriverOptions::NullCo(null) => boxed(null::open("null-co", null)?),
+                BlockdevDriverOptions::Preallocate(options) => boxed(preallocate::open(cx, options).await?),
                 BlockdevDriverOptions::Raw(raw) => boxed(raw::open(cx, raw).await?),
                 BlockdevDriverOptions::XFault(options) => {
                     boxed(fault::open(cx, Arc::clone(&self.clock), options).await?)

@@ -86,7 +86,7 @@ impl Driver for Throttle {
     }
 
     fn facts(&self) -> Facts {
-        filter::facts(&self.file)
+        Facts { compressed_unit: self.file.facts().compressed_unit, ..filter::facts(&self.file) }
     }
 
     fn filename(&self) -> String {
@@ -106,6 +106,11 @@ impl Driver for Throttle {
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
         self.member.load_full().pass(Direction::Write, len_of(buf)).await;
         self.file.write(at, buf, flags).await
+    }
+
+    async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
+        self.member.load_full().pass(Direction::Write, len_of(buf)).await;
+        self.file.write_compressed(at, buf).await
     }
 
     async fn flush(&self) -> IoResult {

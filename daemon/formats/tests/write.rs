@@ -117,6 +117,19 @@ fn check_whole(dir: &Path, image: &str, model: &[Option<u8>]) {
 }
 
 fn random_changes(name: &str, prepare: impl Fn(&Path, &str), seed: u64, rounds: usize, extra: &serde_json::Value) {
+    let top = json!({ "driver": "raw", "node-name": "top", "file": "q", "discard": "unmap" });
+    random_changes_through(top, name, prepare, seed, rounds, extra);
+}
+
+/// Through the node `top`, which stands above the image's node `q`.
+fn random_changes_through(
+    top: serde_json::Value,
+    name: &str,
+    prepare: impl Fn(&Path, &str),
+    seed: u64,
+    rounds: usize,
+    extra: &serde_json::Value,
+) {
     let dir = folder();
     let image = "image.qcow2";
     prepare(dir.path(), image);
@@ -135,7 +148,8 @@ fn random_changes(name: &str, prepare: impl Fn(&Path, &str), seed: u64, rounds: 
             .run_until(async {
                 let mut graph = graph();
                 graph.add(&options(&node)).await.unwrap();
-                let disk = attach(&mut graph, "q", true).await;
+                graph.add(&options(&top)).await.unwrap();
+                let disk = attach(&mut graph, "top", true).await;
                 change_at_random(&disk, &mut model, &mut Random(seed), rounds).await;
                 graph.detach(disk).await;
                 graph.close_all().await;
@@ -214,6 +228,37 @@ fn images_with_snapshots_backing_files_and_compressed_clusters() {
     random_changes("compressed", compressed("compression_type=zlib"), 5, rounds(), &none);
     random_changes("compressed zstd ext", compressed("compression_type=zstd,extended_l2=on"), 6, rounds(), &none);
     random_changes("no-unref", with_backing("cluster_size=4k"), 7, rounds(), &json!({ "discard-no-unref": true }));
+}
+
+#[test]
+fn compressed_writes() {
+    if !has_qemu() {
+        return;
+    }
+    let backed = |dir: &Path, image: &str| {
+        create(dir, "base 4M");
+        qemu_io(dir, "base", &["write -P 5 100k 3M"]);
+        create(dir, &format!("-b base -F qcow2 {image} 8M"));
+        qemu_io(dir, image, &["write -P 6 1M 1M", "write -P 7 -c 2M 1M"]);
+        run(dir, "qemu-img", &["snapshot", "-c", "one", image]);
+    };
+    let top = || json!({ "driver": "compress", "node-name": "top", "file": "q", "discard": "unmap" });
+    let other = json!({ "pass-discard-other": true, "l2-cache-size": 1024, "l2-cache-entry-size": 512 });
+    for (i, (shape_options, extra)) in [
+        ("compression_type=zlib", json!({})),
+        ("compression_type=zstd", other.clone()),
+        ("cluster_size=4k", other.clone()),
+        ("cluster_size=4k,refcount_bits=1", json!({})),
+        ("cluster_size=2M", json!({})),
+        ("extended_l2=on,compression_type=zstd", json!({})),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let seed = 300 + u64::try_from(i).unwrap();
+        random_changes_through(top(), shape_options, shape(shape_options, "8M"), seed, rounds() / 5, &extra);
+    }
+    random_changes_through(top(), "backed, with a snapshot", backed, 400, rounds() / 3, &other);
 }
 
 #[test]

@@ -22,6 +22,8 @@ mod calls {
     ioctl_write_ptr_bad!(blkroset, request_code_none!(0x12, 93), libc::c_int);
     ioctl_write_ptr_bad!(blkdiscard, request_code_none!(0x12, 119), [u64; 2]);
     ioctl_write_ptr_bad!(blkzeroout, request_code_none!(0x12, 127), [u64; 2]);
+    // [linux/cdrom.h] The argument is the number of the slot.
+    nix::ioctl_write_int_bad!(cdrom_drive_status, 0x5326);
     ioctl_none_bad!(blkflsbuf, request_code_none!(0x12, 97));
 }
 
@@ -78,6 +80,17 @@ impl File {
     pub async fn block_device_size(&self) -> io::Result<u64> {
         let fd = Arc::clone(&self.fd);
         Ok(pool::blocking(move || size(&fd)).await??)
+    }
+
+    /// Whether there is a disc in the drive. What is no drive has none.
+    pub async fn has_disc(&self) -> bool {
+        /// The slot in use, and the answer for a disc that can be read [linux/cdrom.h].
+        const CURRENT: libc::c_int = libc::c_int::MAX;
+        const DISC_OK: libc::c_int = 4;
+        let fd = Arc::clone(&self.fd);
+        // SAFETY: cdrom_drive_status takes a number, no pointer.
+        let status = pool::blocking(move || unsafe { calls::cdrom_drive_status(fd.raw(), CURRENT) }).await;
+        matches!(status, Ok(Ok(DISC_OK)))
     }
 
     /// Tells a block device that nobody needs the range any more. What it reads as afterwards is up to the device.

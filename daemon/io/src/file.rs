@@ -163,8 +163,21 @@ impl File {
     /// # Errors
     /// What open(2) says.
     pub async fn open(path: &Path, how: OpenHow) -> io::Result<Self> {
+        Self::open_with(path, how, OFlag::empty()).await
+    }
+
+    /// Opens a drive, also one without a medium (O_NONBLOCK).
+    ///
+    /// # Errors
+    /// What `open` says.
+    pub async fn open_drive(path: &Path, how: OpenHow) -> io::Result<Self> {
+        Self::open_with(path, how, OFlag::O_NONBLOCK).await
+    }
+
+    async fn open_with(path: &Path, how: OpenHow, more: OFlag) -> io::Result<Self> {
         let path: PathBuf = path.to_owned();
-        let mut flags = OFlag::O_CLOEXEC
+        let mut flags = more
+            | OFlag::O_CLOEXEC
             | match how.access {
                 Access::ReadOnly => OFlag::O_RDONLY,
                 Access::ReadWrite => OFlag::O_RDWR,

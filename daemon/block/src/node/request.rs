@@ -127,6 +127,29 @@ impl Node {
         result
     }
 
+    /// Writes `buf` at `at` in a form that takes less space. Both ends are multiples of [`Facts::compressed_unit`], or the end
+    /// of the node.
+    ///
+    /// # Errors
+    /// As for [`Node::write`]; `ENOTSUP` where there is no such form, `EINVAL` for other ends.
+    pub async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
+        let span = Span::new(at, len_of(buf));
+        self.check_change(span, Op::Write)?;
+        let unit = self.facts.load().compressed_unit;
+        let fits = |at: u64| at.is_multiple_of(u64::from(unit));
+        let result = if unit == 0 {
+            Err(Errno::ENOTSUP)
+        } else if fits(at) && (fits(span.end()) || span.end() == self.size()) {
+            self.raise(BlkdebugEvent::Pwritev);
+            self.driver.write_compressed(at, buf).await
+        } else {
+            Err(Errno::EINVAL)
+        };
+        self.changed(span, result.is_ok());
+        self.stats.done(Op::Write, span.len, result.is_ok());
+        result
+    }
+
     /// A change has ended. Even one that failed makes the next flush reach the medium: some of its bytes may be there.
     fn changed(&self, span: Span, ok: bool) {
         self.raise(BlkdebugEvent::PwritevDone);

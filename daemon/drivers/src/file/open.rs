@@ -27,6 +27,17 @@ pub async fn open_device(cx: &OpenContext<'_>, options: &BlockdevOptionsFile) ->
     open("host_device", cx, options).await
 }
 
+/// Opens a drive for compact discs (`host_cdrom`), which need not have one in it.
+///
+/// # Errors
+/// It is no device, or cannot be opened; options that do not go together.
+pub async fn open_cdrom(cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open(CDROM, cx, options).await
+}
+
+/// The driver whose device may have no medium.
+const CDROM: &str = "host_cdrom";
+
 async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
     let (node, filename) = (&cx.options, options.filename.as_str());
     if filename.is_empty() {
@@ -41,6 +52,7 @@ async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOption
     let failed = |what: &str, e| Error::io(format!("Could not {what} '{filename}'"), e);
     let stat = file.stat().await.map_err(|e| failed("look at", e))?;
     let medium = match stat.kind {
+        _ if name == CDROM => Medium::Drive,
         FileKind::Block => Medium::Block(file.block_device().await.map_err(|e| failed("query", e))?),
         FileKind::Char => Medium::Char,
         _ => Medium::Regular,
@@ -77,7 +89,8 @@ async fn open_checked(name: &str, filename: &str, how: OpenHow) -> Result<File> 
     if File::stat_path(path).await.map_err(could_not)?.kind == FileKind::Pipe {
         return Err(wrong_kind(name, filename));
     }
-    let file = match File::open(path, how).await {
+    let opened = if name == CDROM { File::open_drive(path, how).await } else { File::open(path, how).await };
+    let file = match opened {
         Ok(file) => file,
         Err(e) if how.direct && e.raw_os_error() == Some(block::Errno::EINVAL as i32) => {
             return Err(match File::open(path, OpenHow { direct: false, ..how }).await {

@@ -25,7 +25,7 @@ impl FileDriver {
         match self.medium {
             Medium::Regular => self.zero_file(file, span, flags).await,
             Medium::Block(_) => self.zero_device(file, span, flags).await,
-            Medium::Char => Err(Errno::ENOTSUP),
+            Medium::Char | Medium::Drive => Err(Errno::ENOTSUP),
         }
     }
 
@@ -100,7 +100,7 @@ impl FileDriver {
         let result = match self.medium {
             Medium::Regular => file.allocate(AllocMode::PunchHole, span.at, span.len).await,
             Medium::Block(_) => file.block_discard(span.at, span.len).await,
-            Medium::Char => Err(Errno::ENOTSUP),
+            Medium::Char | Medium::Drive => Err(Errno::ENOTSUP),
         };
         match result {
             Err(errno) if is_unable(errno) => {
@@ -140,6 +140,9 @@ impl FileDriver {
             Medium::Block(_) => file.block_device_size().await,
             // A device that cannot seek has no length.
             Medium::Char => Ok(file.seek_end().await.unwrap_or(0)),
+            // Without a medium there is nothing; the length is looked at again with each change of the node.
+            Medium::Drive if file.has_disc().await => Ok(file.seek_end().await?),
+            Medium::Drive => Ok(0),
         }
     }
 

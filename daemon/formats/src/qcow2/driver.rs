@@ -22,6 +22,7 @@ impl Driver for Qcow2 {
             fua: Support::Emulated,
             zero: if self.shape.version >= 3 { Support::Native } else { Support::None },
             discard: Support::Native,
+            compressed_unit: if self.data_file.is_some() { 0 } else { cluster },
             ..Facts::default()
         }
     }
@@ -55,6 +56,10 @@ impl Driver for Qcow2 {
         let direct = flags.fua && self.is_clean();
         self.write_guest(at, buf, WriteFlags { fua: direct }).await?;
         if flags.fua && !(direct && self.is_clean()) { self.flush_guest().await } else { Ok(()) }
+    }
+
+    async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
+        self.write_packed(at, buf).await
     }
 
     async fn flush(&self) -> IoResult {

@@ -96,9 +96,9 @@ impl Entry {
             if shape.data_file {
                 return Err(Malformed);
             }
-            let bits = 62 - (shape.cluster_bits - 8);
-            let at = word & ((1 << bits) - 1);
-            let sectors = ((word & !(COPIED | PACKED)) >> bits) + 1;
+            let limit = Self::packed_limit(shape);
+            let at = word & (limit - 1);
+            let sectors = (word & !(COPIED | PACKED)) / limit + 1;
             return Ok(Self {
                 place: Place::Packed { at, len: sectors * 512 - (at & 511) },
                 stored: shape.all(),
@@ -133,11 +133,20 @@ impl Entry {
         Ok(Self { place, stored, zero })
     }
 
-    /// The entry as it stands in a table. Compressed clusters are never made here.
+    /// The first offset that the entry of a compressed cluster has no bits for.
+    pub fn packed_limit(shape: Shape) -> u64 {
+        1 << (62 - (shape.cluster_bits - 8))
+    }
+
+    /// The entry as it stands in a table. A compressed cluster lies below [`Entry::packed_limit`].
     pub fn encode(self, shape: Shape) -> (u64, u64) {
         let word = match self.place {
             Place::Plain { at, copied } => at | if copied { COPIED } else { 0 },
-            Place::None | Place::Packed { .. } => 0,
+            Place::None => 0,
+            Place::Packed { at, len } => {
+                let more = ((at & 511) + len).div_ceil(512).saturating_sub(1);
+                return (PACKED | at | (more * Self::packed_limit(shape)), 0);
+            }
         };
         if shape.subclusters == 32 {
             (word, u64::from(self.stored) | (u64::from(self.zero) << 32))
@@ -190,5 +199,9 @@ mod tests {
         let word = PACKED | (3 << 54) | 0x5_0123;
         let entry = Entry::decode(PLAIN, word, 0).unwrap();
         assert_eq!(entry.place, Place::Packed { at: 0x5_0123, len: 4 * 512 - 0x123 });
+        assert_eq!(entry.encode(PLAIN), (word, 0));
+        // Its length to the byte is as good.
+        let shorter = Entry { place: Place::Packed { at: 0x5_0123, len: 3 * 512 }, ..entry };
+        assert_eq!(shorter.encode(PLAIN), (word, 0));
     }
 }

@@ -205,7 +205,7 @@ impl Qcow2 {
             self.unpacked.forget(&(span.at..span.end()));
             for cluster in free.clusters.clone() {
                 // The last reference's discard comes before anybody can claim the cluster.
-                if free.discard && matches!(self.refs.get(cluster, &self.file).await, Ok(1)) {
+                if free.discard && matches!(self.refs.is_last(cluster, &self.file).await, Ok(true)) {
                     match discards.last_mut() {
                         Some(last) if last.end() == cluster << bits => last.len += 1 << bits,
                         _ => discards.push(Span::new(cluster << bits, 1 << bits)),

@@ -9,7 +9,7 @@
 //! | `refcount` | host clusters: counted, claimed, released |
 //! | `epoch` | when an unlinked cluster may be reused |
 //! | `read`, `compress`, `unpacked` | reading |
-//! | `write`, `zero`, `resize` | changing |
+//! | `write`, `packed`, `zero`, `resize` | changing |
 //! | `flush` | what is written in which order |
 //! | `snapshot`, `bitmap` | internal snapshots and bitmaps, kept |
 //! | `check`, `repair` | checking and repairing |
@@ -29,6 +29,7 @@ mod header;
 mod image;
 mod join;
 mod open;
+mod packed;
 mod read;
 mod refcount;
 mod reopen;

@@ -29,6 +29,9 @@ struct Table {
     moved: bool,
     /// No cluster below this one is free.
     first_free: u64,
+    /// Where the rest of a cluster is that compressed data have begun to fill, in bytes; 0 if there is none. The cluster has
+    /// a reference: it is forgotten with the last one.
+    rest: u64,
 }
 
 impl Table {
@@ -169,13 +172,18 @@ impl Refcounts {
         if at == 0 { Ok(None) } else { self.blocks.get(at, file).await.map(Some) }
     }
 
-    /// The refcount of a cluster.
+    /// Whether a cluster has one user left, which is about to go: no compressed data join it any more.
     ///
     /// # Errors
     /// The errno of the read; `EUCLEAN` for a table that is damaged.
-    pub async fn get(&self, cluster: u64, file: &Edge) -> IoResult<u64> {
+    pub async fn is_last(&self, cluster: u64, file: &Edge) -> IoResult<bool> {
         let block = self.load(cluster / self.per_block(), file).await?;
-        Ok(block.map_or(0, |block| block.look(|bytes| self.read(bytes, cluster % self.per_block()))))
+        let mut table = self.table();
+        let count = block.map_or(0, |block| block.look(|bytes| self.read(bytes, cluster % self.per_block())));
+        if count == 1 && table.rest >> self.cluster_bits == cluster {
+            table.rest = 0;
+        }
+        Ok(count == 1)
     }
 
     /// Makes a block for the clusters from `index * per_block`, none of which has one: it takes the first of them.
@@ -294,6 +302,65 @@ impl Refcounts {
         }
     }
 
+    /// Takes the rest of a cluster and counts its new user; none if there is no rest. What the caller leaves
+    /// of it is its to give back.
+    async fn take_rest(&self, file: &Edge) -> IoResult<Option<u64>> {
+        loop {
+            let index = {
+                let mut table = self.table();
+                let at = std::mem::take(&mut table.rest);
+                if at == 0 {
+                    return Ok(None);
+                }
+                let cluster = at >> self.cluster_bits;
+                let (index, within) = (cluster / self.per_block(), cluster % self.per_block());
+                let block = self.block_at(&table, index)?;
+                let counted = self.blocks.peek(block).and_then(|block| {
+                    let count = block.look(|bytes| self.read(bytes, within));
+                    if count == 0 || count == Width(self.order).most() {
+                        return Some(false);
+                    }
+                    self.blocks.change(&block, |bytes| self.write(bytes, within, count + 1)).map(|()| true)
+                });
+                match counted {
+                    Some(true) => return Ok(Some(at)),
+                    Some(false) => return Ok(None),
+                    None => table.rest = at,
+                }
+                index
+            };
+            drop(self.load(index, file).await?);
+        }
+    }
+
+    /// Claims `len` bytes, fewer than a cluster has, for compressed data: where the last ones ended, if there is room. Every
+    /// cluster that they touch has a reference more.
+    ///
+    /// # Errors
+    /// As [`Refcounts::claim`].
+    pub async fn claim_bytes(&self, len: u64, taken: &dyn Fn(u64) -> bool, file: &Edge) -> IoResult<u64> {
+        let bits = self.cluster_bits;
+        if let Some(at) = self.take_rest(file).await? {
+            let next = (at >> bits) + 1;
+            let fits = at + len <= next << bits;
+            if fits || !self.claim(1, Some(next), taken, file).await?.is_empty() {
+                self.leave_rest(at + len);
+                return Ok(at);
+            }
+            self.release(next - 1, file).await?;
+        }
+        let at = self.claim(1, None, taken, file).await?.start << bits;
+        self.leave_rest(at + len);
+        Ok(at)
+    }
+
+    /// The next compressed data may begin at `at`, in a cluster that the caller has a reference to.
+    fn leave_rest(&self, at: u64) {
+        if !at.is_multiple_of(1 << self.cluster_bits) {
+            self.table().rest = at;
+        }
+    }
+
     /// Makes room for `entries` blocks in the table, half more than needed. It is written at its new place by the next
     /// flush.
     async fn grow(&self, entries: u64, taken: &dyn Fn(u64) -> bool, file: &Edge) -> IoResult<()> {
@@ -337,6 +404,9 @@ impl Refcounts {
             if self.blocks.change(&block, |bytes| self.write(bytes, within, new)).is_some() {
                 if new == 0 {
                     table.first_free = table.first_free.min(cluster);
+                    if table.rest >> self.cluster_bits == cluster {
+                        table.rest = 0;
+                    }
                 }
                 return Ok(new);
             }

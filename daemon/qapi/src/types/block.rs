@@ -90,12 +90,21 @@ pub struct BlockdevOptions {
 pub enum BlockdevDriverOptions {
     /// Lets requests fail by rule.
     Blkdebug(BlockdevOptionsBlkdebug),
+    /// Writes a log of all changes.
+    #[qapi(since = "3.0")]
+    Blklogwrites(BlockdevOptionsBlklogwrites),
     /// Does everything to two nodes and compares.
     Blkverify(BlockdevOptionsBlkverify),
+    /// Compresses what is written.
+    #[qapi(since = "5.0")]
+    Compress(BlockdevOptionsCompress),
     /// Copies what is read from backing files.
     CopyOnRead(BlockdevOptionsCor),
     /// A regular file.
     File(BlockdevOptionsFile),
+    /// A drive for compact discs.
+    #[qapi(rename = "host_cdrom")]
+    HostCdrom(BlockdevOptionsFile),
     /// A block device or a character device of the host.
     #[qapi(rename = "host_device")]
     HostDevice(BlockdevOptionsFile),
@@ -105,6 +114,9 @@ pub enum BlockdevDriverOptions {
     NullCo(BlockdevOptionsNull),
     /// A QCOW2 image.
     Qcow2(BlockdevOptionsQcow2),
+    /// Reserves space ahead of what is written.
+    #[qapi(since = "6.0")]
+    Preallocate(BlockdevOptionsPreallocate),
     /// An image without format, or a part of one.
     Raw(BlockdevOptionsRaw),
     /// Limits the throughput of another node.

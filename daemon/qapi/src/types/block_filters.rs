@@ -229,3 +229,40 @@ pub struct BlockdevOptionsBlkverify {
     /// The node with what must come out.
     pub raw: BlockdevRef,
 }
+
+/// Compresses what is written to another node, whose format must be able to.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(since = "5.0")]
+pub struct BlockdevOptionsCompress {
+    /// The node below.
+    pub file: BlockdevRef,
+}
+
+/// Reserves space at the end of another node ahead of writes that make it grow.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(since = "6.0")]
+pub struct BlockdevOptionsPreallocate {
+    /// The node below.
+    pub file: BlockdevRef,
+    /// The node below ends at a multiple of this many bytes: a multiple of 512; 1 MiB when left out.
+    pub prealloc_align: Option<i64>,
+    /// How many bytes are reserved behind what is written; 128 MiB when left out.
+    pub prealloc_size: Option<i64>,
+}
+
+/// Passes requests on to a node, and writes a log of those that change it to another one, as the device-mapper target
+/// `log-writes` does.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(since = "3.0")]
+pub struct BlockdevOptionsBlklogwrites {
+    /// The node whose changes are logged.
+    pub file: BlockdevRef,
+    /// The node with the log.
+    pub log: BlockdevRef,
+    /// The unit of the log in bytes, and of requests: a power of two from 32, below 16 MiB; 512 when left out.
+    pub log_sector_size: Option<u32>,
+    /// Go on with the log that is there, and with its unit. False when left out: the log begins anew.
+    pub log_append: Option<bool>,
+    /// The number of entries in the log is brought up to date after that many requests, and at each flush; 4096 when left out.
+    pub log_super_update_interval: Option<u64>,
+}
