@@ -53,6 +53,18 @@ pub struct Confinement {
     mode: SandboxMode,
     files: Files,
     inet: bool,
+    mounts: Mounts,
+}
+
+/// What the process that mounts is there for.
+#[derive(Debug)]
+enum Mounts {
+    /// Nobody can ask for an export that mounts.
+    None,
+    /// A monitor can ask for any.
+    All,
+    /// The command line names them.
+    At(Vec<PathBuf>),
 }
 
 /// What was given up.
@@ -102,7 +114,17 @@ impl Confinement {
                 named.existing(path, if Path::new(path).is_dir() { Rule::Keep } else { Rule::Use });
             }
         }
-        Self { mode: options.mode, files: named.files, inet: named.inet || options.mode != SandboxMode::Strict }
+        let asks = |step: &Step| match step.kind {
+            Kind::Monitor => true,
+            Kind::Export => step.value.contains("fuse"),
+            _ => false,
+        };
+        let mounts = match options.mode {
+            SandboxMode::Default if steps.iter().any(asks) => Mounts::All,
+            SandboxMode::Strict if !named.mountpoints.is_empty() => Mounts::At(named.mountpoints),
+            _ => Mounts::None,
+        };
+        Self { mode: options.mode, files: named.files, inet: named.inet || options.mode != SandboxMode::Strict, mounts }
     }
 
     /// Gives it up. Each thread that is started from now on takes on the limits of its role; this one does so when it
@@ -125,6 +147,7 @@ impl Confinement {
             // Who does not read it can still ask by x-query-sandbox.
             let _ = writeln!(std::io::stderr(), "qemu-storage-daemon: warning: {text}");
         }
+        self.start_mounter()?;
         let report = sandbox::confine(&Plan {
             open_files: None,
             secret: strict,
@@ -153,6 +176,19 @@ impl Confinement {
         Ok(InForce { mode: self.mode, system_calls: filters, files: report.files, capabilities })
     }
 
+    /// Mounting takes what the next steps take away.
+    fn start_mounter(&self) -> Result<()> {
+        let places = match &self.mounts {
+            Mounts::None => return Ok(()),
+            Mounts::All => None,
+            Mounts::At(places) => Some(places.clone()),
+        };
+        if !Path::new("/dev/fuse").exists() {
+            return Ok(());
+        }
+        io::mounter::start(places).map_err(|error| Error::io("cannot start the process that mounts", error))
+    }
+
     fn filters(&self) -> std::result::Result<Filters, sandbox::Error> {
         let without: &[&str] = if self.inet { &[] } else { &["inet"] };
         Filters::of_policy(syscall::DAEMON, without, Mode::Enforce)
@@ -172,6 +208,7 @@ fn settle_allocator() {
 struct Named {
     files: Files,
     inet: bool,
+    mountpoints: Vec<PathBuf>,
 }
 
 /// How a path under a key is used.
@@ -292,6 +329,16 @@ impl Named {
             && listens
         {
             self.folder(path, Rule::MakeSockets);
+        }
+        if let Some(path) = text("mountpoint") {
+            // As the export names it: without links in its folder.
+            let path = Path::new(path);
+            let folder =
+                path.parent().map(|folder| if folder.as_os_str().is_empty() { Path::new(".") } else { folder });
+            let real = folder.and_then(|folder| folder.canonicalize().ok()).zip(path.file_name());
+            self.mountpoints.extend(real.map(|(folder, name)| folder.join(name)));
+            self.mountpoints.extend(path.canonicalize());
+            self.existing("/dev/fuse", Rule::Use);
         }
         if let Some(port) = text("port") {
             self.port(port, text("to"), listens);
