@@ -47,15 +47,20 @@ impl Driver for Qcow2 {
     }
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
-        let _inside = self.epochs.enter();
-        self.read_guest(at, buf).await
+        self.check_sound()?;
+        let read = {
+            let _inside = self.epochs.enter();
+            self.read_guest(at, buf).await
+        };
+        self.conclude(read).await
     }
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
         // With nothing waiting to be written, data over data needs no more than the data to be stable.
         let direct = flags.fua && self.is_clean();
-        self.write_guest(at, buf, WriteFlags { fua: direct }).await?;
-        if flags.fua && !(direct && self.is_clean()) { self.flush_guest().await } else { Ok(()) }
+        let written = self.write_guest(at, buf, WriteFlags { fua: direct }).await;
+        self.conclude(written).await?;
+        if flags.fua && !(direct && self.is_clean()) { Driver::flush(self).await } else { Ok(()) }
     }
 
     async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
@@ -63,21 +68,28 @@ impl Driver for Qcow2 {
     }
 
     async fn flush(&self) -> IoResult {
-        self.flush_guest().await
+        let flushed = self.flush_guest().await;
+        self.conclude(flushed).await
     }
 
     async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
-        self.zero_guest(span, flags).await?;
-        if flags.fua { self.flush_guest().await } else { Ok(()) }
+        let zeroed = self.zero_guest(span, flags).await;
+        self.conclude(zeroed).await?;
+        if flags.fua { Driver::flush(self).await } else { Ok(()) }
     }
 
     async fn discard(&self, span: Span) -> IoResult {
-        self.discard_guest(span).await
+        let discarded = self.discard_guest(span).await;
+        self.conclude(discarded).await
     }
 
     async fn map(&self, span: Span, _precise: bool) -> IoResult<Mapping> {
-        let _inside = self.epochs.enter();
-        self.map_guest(span).await
+        self.check_sound()?;
+        let found = {
+            let _inside = self.epochs.enter();
+            self.map_guest(span).await
+        };
+        self.conclude(found).await
     }
 
     async fn truncate(&self, size: u64, _exact: bool, prealloc: Prealloc) -> Result<()> {

@@ -13,6 +13,7 @@
 
 use super::bytes::u64_of;
 use super::cache::Copy;
+use super::guard::Kinds;
 use super::header::{self, Header};
 use super::image::{Free, Qcow2, Turn, lock};
 use super::join::join_all;
@@ -28,6 +29,7 @@ const AT_ONCE: usize = 16;
 impl Qcow2 {
     /// Everything that completed before is on stable storage afterwards.
     pub(super) async fn flush_guest(&self) -> IoResult {
+        self.check_sound()?;
         if self.is_clean() {
             // Nobody has unlinked anything either, or it would be dirty.
             return self.barrier().await;
@@ -54,6 +56,7 @@ impl Qcow2 {
     }
 
     async fn take_turn(&self, mut turn: tokio::sync::MutexGuard<'_, Turn>) -> IoResult {
+        self.check_sound()?;
         let number = self.flushes.fetch_add(1, Ordering::AcqRel) + 1;
         self.write_in_order().await?;
         turn.done = number;
@@ -78,10 +81,9 @@ impl Qcow2 {
         }
         // Counts alone need no barrier: they are never too low, and who writes what relies on them begins with one.
         let blocks = self.refs.blocks.dirty_copies();
+        self.check_blocks(&blocks)?;
         write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
-        for copy in &blocks {
-            self.refs.blocks.written(copy);
-        }
+        self.blocks_written(&blocks);
         Ok(())
     }
 
@@ -127,6 +129,12 @@ impl Qcow2 {
         if l2.is_empty() && l1.is_empty() {
             return Ok(());
         }
+        for copy in l2 {
+            self.check_overlap(Kinds::ACTIVE_L2, copy.at, u64_of(copy.bytes.len()))?;
+        }
+        for (_, at, bytes) in l1 {
+            self.check_overlap(Kinds::ACTIVE_L1, *at, u64_of(bytes.len()))?;
+        }
         write_all(&self.file, l2.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
         if !l1.is_empty() {
             self.file.flush().await?;
@@ -141,6 +149,10 @@ impl Qcow2 {
         let table = self.refs.take_table();
         let blocks = self.refs.blocks.dirty_copies();
         let written = async {
+            self.check_blocks(&blocks)?;
+            for (at, bytes) in &table.pieces {
+                self.check_overlap(Kinds::REFCOUNT_TABLE, *at, u64_of(bytes.len()))?;
+            }
             write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
             if table.pieces.is_empty() {
                 return Ok(());
@@ -169,12 +181,26 @@ impl Qcow2 {
         }
         if table.moved {
             let old = self.refs.moved(&table);
+            let first = table.at >> self.shape.cluster_bits;
+            self.guard.add(Kinds::REFCOUNT_TABLE, first..first + table.clusters);
+            self.guard.remove(Kinds::REFCOUNT_TABLE, old.clone());
             lock(&self.unlinked).push(Free { clusters: old, discard: self.pass_discard.other, table: false });
         }
-        for copy in &blocks {
+        self.blocks_written(&blocks);
+        Ok(())
+    }
+
+    fn check_blocks(&self, blocks: &[Copy]) -> IoResult {
+        let check = |copy: &Copy| self.check_overlap(Kinds::REFCOUNT_BLOCK, copy.at, u64_of(copy.bytes.len()));
+        blocks.iter().try_for_each(check)
+    }
+
+    fn blocks_written(&self, blocks: &[Copy]) {
+        for copy in blocks {
+            let cluster = copy.at >> self.shape.cluster_bits;
+            self.guard.add(Kinds::REFCOUNT_BLOCK, cluster..cluster + 1);
             self.refs.blocks.written(copy);
         }
-        Ok(())
     }
 
     /// Changes the header in the image and makes it stable. The caller has the turn, or nobody else knows the image yet.
@@ -220,7 +246,7 @@ impl Qcow2 {
         for cluster in free.into_iter().flat_map(|free| free.clusters) {
             if self.refs.release(cluster, &self.file).await.is_err() {
                 // A count that is already 0 would be given away while in use: nothing more is written.
-                self.damage("a refcount is lower than the number of references");
+                self.damage("A cluster that is in use has no refcount");
             }
         }
     }
@@ -247,7 +273,7 @@ impl Qcow2 {
 
     /// The last flush. Nothing is in flight.
     pub(super) async fn close_image(&self) {
-        if self.is_read_only() || !self.prepared.initialized() {
+        if self.is_read_only() || self.check_sound().is_err() || !self.prepared.initialized() {
             return;
         }
         // Clusters that wait for nobody any more are freed by the second one, which writes their counts.

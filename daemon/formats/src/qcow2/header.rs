@@ -227,6 +227,11 @@ impl Header {
         self.incompatible & EXTENDED_L2 != 0
     }
 
+    /// Whether the bitmaps extension holds.
+    pub fn has_bitmaps(&self) -> bool {
+        self.autoclear & BITMAPS != 0
+    }
+
     /// Whether guest data is in another file.
     pub fn has_data_file(&self) -> bool {
         self.incompatible & DATA_FILE != 0

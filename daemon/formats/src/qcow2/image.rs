@@ -5,16 +5,18 @@
 
 use super::bytes::{be64, put64, u64_of, us};
 use super::cache::{Block, Cache};
+use super::damage::Damage;
 use super::entry::{COPIED, Entry, Malformed, OFFSET, Place, Shape};
 use super::epoch::Epochs;
 use super::extensions::Extensions;
+use super::guard::Guard;
 use super::header::Header;
 use super::refcount::{Refcounts, SECTOR};
 use super::unpacked::Unpacked;
 use crate::Workers;
 use arc_swap::ArcSwapOption;
 use block::overlap::Overlap;
-use block::{Edge, Errno, IoResult};
+use block::{Edge, IoResult};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -97,8 +99,8 @@ pub struct Qcow2 {
     pub(super) flushes: AtomicU64,
     /// Done once, before the first change.
     pub(super) prepared: OnceCell<()>,
-    /// The image has been found damaged: nothing is written to it any more.
-    pub(super) damaged: AtomicBool,
+    pub(super) guard: Guard,
+    pub(super) damage: Damage,
 }
 
 /// Where some guest bytes are.
@@ -191,9 +193,7 @@ impl Qcow2 {
             return Ok(None);
         }
         if !table.is_multiple_of(self.shape.cluster()) {
-            return Err(
-                self.damage(&format!("L2 table offset {table:#x} unaligned (L1 index: {:#x})", at / self.l2_reach()))
-            );
+            return Err(self.unaligned_table(at, table));
         }
         self.l2.get(self.slice_at(table, at), &self.file).await.map(Some)
     }
@@ -228,7 +228,7 @@ impl Qcow2 {
         let Some(slice) = self.slice(at).await? else { return Ok((Where::Backing, len)) };
         match slice.look(|bytes| self.find_in(bytes, at, len)) {
             Ok(found) => Ok(found),
-            Err(Malformed) => Err(self.damage(&format!("L2 entry for guest offset {at:#x} is malformed"))),
+            Err(why) => Err(self.malformed(at, why, false)),
         }
     }
 
@@ -240,7 +240,7 @@ impl Qcow2 {
         while done < len {
             let pos = at + done;
             let entry = match self.entry(slice, pos) {
-                Err(Malformed) if done > 0 => break,
+                Err(_) if done > 0 => break,
                 other => other?,
             };
             let within = pos % cluster;
@@ -270,24 +270,6 @@ impl Qcow2 {
     /// Whether `range` of the guest's disk reads as zero where it is not in this image.
     pub(super) fn backing_is_zero(&self, range: &Range<u64>) -> bool {
         self.backing.load().as_ref().is_none_or(|backing| range.start >= backing.size())
-    }
-
-    /// Notes that the image is damaged; the errno of the request that found it.
-    pub(super) fn damage(&self, what: &str) -> Errno {
-        let _ = what;
-        self.damaged.store(true, std::sync::atomic::Ordering::Release);
-        Errno::EIO
-    }
-
-    /// Whether a host cluster holds metadata that is known without reading: it must never be given away.
-    pub(super) fn is_fixed(&self, cluster: u64) -> bool {
-        let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);
-        let first = l1.at >> self.shape.cluster_bits;
-        let len = u64_of(l1.entries.len() * 8).div_ceil(self.shape.cluster());
-        drop(l1);
-        let header = lock(&self.header);
-        let snapshots = header.snapshots_at >> self.shape.cluster_bits;
-        cluster == 0 || (first..first + len).contains(&cluster) || (header.snapshots > 0 && cluster == snapshots)
     }
 
     /// Bit 63 of the L1 entry: the table may be changed in place.

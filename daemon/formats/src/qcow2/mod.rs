@@ -12,6 +12,7 @@
 //! | `write`, `packed`, `zero`, `resize` | changing |
 //! | `flush` | what is written in which order |
 //! | `snapshot`, `bitmap` | internal snapshots and bitmaps, kept |
+//! | `guard`, `damage` | what is not overwritten, and what becomes of a damaged image |
 //! | `check`, `repair` | checking and repairing |
 //! | `open`, `driver` | the image in the graph |
 
@@ -20,11 +21,13 @@ mod bytes;
 mod cache;
 pub mod check;
 mod compress;
+mod damage;
 mod driver;
 mod entry;
 mod epoch;
 mod extensions;
 mod flush;
+mod guard;
 mod header;
 mod image;
 mod join;

@@ -2,8 +2,10 @@
 
 use super::bytes::us;
 use super::cache::Cache;
+use super::damage::Damage;
 use super::entry::Shape;
 use super::extensions::Extensions;
+use super::guard::{Guard, Kinds};
 use super::header::{self, Header};
 use super::image::{L1, PassDiscard, Qcow2};
 use super::refcount::Refcounts;
@@ -53,7 +55,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         subclusters: if header.extended_l2() { 32 } else { 1 },
         data_file: data_file.is_some(),
     };
-    Ok(Qcow2 {
+    let image = Qcow2 {
         shape,
         raw_data: header.autoclear & header::RAW_DATA_FILE != 0,
         read_only: read_only.into(),
@@ -77,14 +79,18 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         turn: tokio::sync::Mutex::default(),
         flushes: AtomicU64::new(0),
         prepared: tokio::sync::OnceCell::new(),
-        damaged: false.into(),
+        guard: Guard::new(Kinds::chosen(options.overlap_check.as_ref())),
+        damage: Damage::new(cx.reporter(), cx.node_name()),
         header: start.header.into(),
         extensions: start.extensions,
         file,
         data_file,
         backing: backing.into(),
         backing_name: start.backing_name,
-    })
+    };
+    let read = image.guard_anew().await;
+    read.map_err(|errno| Error::io("Could not read the snapshots' tables", errno.into()))?;
+    Ok(image)
 }
 
 async fn read_table(file: &Edge, what: &str, at: u64, len: u64) -> Result<Vec<u8>> {

@@ -187,10 +187,10 @@ impl Refcounts {
     }
 
     /// Makes a block for the clusters from `index * per_block`, none of which has one: it takes the first of them.
-    fn new_block(&self, table: &mut Table, index: u64, taken: &dyn Fn(u64) -> bool) -> IoResult {
+    fn new_block(&self, table: &mut Table, index: u64) -> IoResult {
         let first = index * self.per_block();
         // Clusters that are in use have a block, unless the image is damaged.
-        if first == 0 || taken(first) {
+        if first == 0 {
             return Err(Errno::EUCLEAN);
         }
         let mut bytes = vec![0; 1 << self.cluster_bits];
@@ -204,8 +204,8 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Claims up to `most` free clusters in a row from the first free one that is not in `taken`.
-    fn try_claim(&self, most: u64, from: Option<u64>, taken: &dyn Fn(u64) -> bool) -> IoResult<Try<Range<u64>>> {
+    /// Claims up to `most` free clusters in a row from the first free one.
+    fn try_claim(&self, most: u64, from: Option<u64>) -> IoResult<Try<Range<u64>>> {
         let mut table = self.table();
         let mut cluster = from.unwrap_or(table.first_free).max(1);
         loop {
@@ -218,13 +218,13 @@ impl Refcounts {
             }
             let at = self.block_at(&table, index)?;
             if at == 0 {
-                self.new_block(&mut table, index, taken)?;
+                self.new_block(&mut table, index)?;
                 continue;
             }
             let Some(block) = self.blocks.peek(at) else { return Ok(Try::Load(index)) };
             let free = |bytes: &[u8], i: u64| {
                 let cluster = index * self.per_block() + i;
-                self.read(bytes, i) == 0 && !self.in_table(&table, cluster) && !taken(cluster)
+                self.read(bytes, i) == 0 && !self.in_table(&table, cluster)
             };
             let run = block.look(|bytes| {
                 let start = (within..self.per_block()).find(|i| free(bytes, *i))?;
@@ -263,18 +263,12 @@ impl Refcounts {
     ///
     /// # Errors
     /// The errno of reading a block; `EUCLEAN` for a damaged table; `EFBIG` when no more can be counted.
-    pub async fn claim(
-        &self,
-        most: u64,
-        from: Option<u64>,
-        taken: &dyn Fn(u64) -> bool,
-        file: &Edge,
-    ) -> IoResult<Range<u64>> {
+    pub async fn claim(&self, most: u64, from: Option<u64>, file: &Edge) -> IoResult<Range<u64>> {
         loop {
-            match self.try_claim(most, from, taken)? {
+            match self.try_claim(most, from)? {
                 Try::Done(run) => return Ok(run),
                 Try::Load(index) => drop(self.load(index, file).await?),
-                Try::Grow(entries) => Box::pin(self.grow(entries, taken, file)).await?,
+                Try::Grow(entries) => Box::pin(self.grow(entries, file)).await?,
             }
         }
     }
@@ -283,12 +277,12 @@ impl Refcounts {
     ///
     /// # Errors
     /// As [`Refcounts::claim`].
-    pub async fn claim_row(&self, count: u64, taken: &dyn Fn(u64) -> bool, file: &Edge) -> IoResult<Range<u64>> {
+    pub async fn claim_row(&self, count: u64, file: &Edge) -> IoResult<Range<u64>> {
         let mut start = file.size().div_ceil(1 << self.cluster_bits).max(1);
         'row: loop {
             let mut end = start;
             while end < start + count {
-                let run = self.claim(start + count - end, Some(end), taken, file).await?;
+                let run = self.claim(start + count - end, Some(end), file).await?;
                 if run.is_empty() {
                     for cluster in start..end {
                         self.release(cluster, file).await?;
@@ -363,7 +357,7 @@ impl Refcounts {
 
     /// Makes room for `entries` blocks in the table, half more than needed. It is written at its new place by the next
     /// flush.
-    async fn grow(&self, entries: u64, taken: &dyn Fn(u64) -> bool, file: &Edge) -> IoResult<()> {
+    async fn grow(&self, entries: u64, file: &Edge) -> IoResult<()> {
         let per_cluster = 1u64 << (self.cluster_bits - 3);
         let clusters = (entries + entries / 2).div_ceil(per_cluster);
         if clusters << self.cluster_bits > super::header::MAX_REFTABLE_BYTES {
@@ -381,7 +375,7 @@ impl Refcounts {
         if !grown {
             return Ok(());
         }
-        let place = self.claim_row(clusters, taken, file).await?;
+        let place = self.claim_row(clusters, file).await?;
         // A place that was outgrown before it was written is left as a leak: that is too rare to be worth bookkeeping.
         let mut table = self.table();
         table.moved = true;
@@ -450,6 +444,13 @@ impl Refcounts {
     pub fn moved(&self, copy: &TableCopy) -> Range<u64> {
         let first = copy.at >> self.cluster_bits;
         std::mem::replace(&mut self.table().saved, first..first + copy.clusters)
+    }
+
+    /// The clusters of the table, and of the blocks.
+    pub fn places(&self) -> (Range<u64>, Vec<u64>) {
+        let table = self.table();
+        let blocks = table.entries.iter().filter(|at| **at != 0).map(|at| at >> self.cluster_bits).collect();
+        (table.saved.clone(), blocks)
     }
 
     /// Whether `cluster` is part of the table as it is now or in the image.

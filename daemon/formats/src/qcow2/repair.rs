@@ -10,7 +10,6 @@ use block::driver::LocalFuture;
 use buf::IoBuf;
 use qapi::{Error, Result};
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 
 impl Check for Qcow2 {
     fn check(&self, fix: Fix) -> LocalFuture<'_, Result<Found>> {
@@ -92,8 +91,8 @@ impl Qcow2 {
         let sound = header.incompatible & header::CORRUPT == 0;
         *lock(&self.header) = header;
         if sound {
-            self.damaged.store(false, Ordering::Release);
+            self.damage.forget();
         }
-        Ok(())
+        self.guard_anew().await
     }
 }

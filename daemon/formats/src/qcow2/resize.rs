@@ -101,8 +101,7 @@ impl Qcow2 {
         let turn = self.turn.lock().await;
         let bits = self.shape.cluster_bits;
         let clusters = (needed * 8).div_ceil(self.shape.cluster());
-        let taken = |cluster: u64| self.is_fixed(cluster);
-        let place = self.refs.claim_row(clusters, &taken, &self.file).await?;
+        let place = self.refs.claim_row(clusters, &self.file).await?;
         drop(turn);
         // Its clusters are counted in the image before anything names them.
         self.write_out().await?;
@@ -129,6 +128,7 @@ impl Qcow2 {
         l1.entries = entries;
         l1.at = at;
         drop(l1);
+        self.guard_anew().await?;
         lock(&self.unlinked).push(Free { clusters: old, discard: self.pass_discard.other, table: false });
         Ok(())
     }

@@ -5,7 +5,8 @@
 //! its clusters back; nobody has seen them.
 
 use super::bytes::{u64_of, us};
-use super::entry::{COPIED, Entry, Malformed, OFFSET, Place};
+use super::entry::{COPIED, Entry, OFFSET, Place};
+use super::guard::Kinds;
 use super::image::{Free, Qcow2, Where, lock};
 use super::join::join_all;
 use block::{Errno, IoResult, Span, WriteFlags};
@@ -65,7 +66,7 @@ impl Qcow2 {
             if let Some(run) = self.run_of(at, at + len).await?
                 && let Way::InPlace(host) = run.way
             {
-                self.check_host(host)?;
+                self.check_host(host, run.bytes.end - at)?;
                 let part = buf.slice(0, us(run.bytes.end - at));
                 self.data().write(host, &part, flags).await?;
                 return Ok(part.len());
@@ -87,13 +88,14 @@ impl Qcow2 {
     }
 
     /// Refuses to write guest data where a damaged L2 entry would have it: over metadata, or far behind the end.
-    fn check_host(&self, host: u64) -> IoResult {
-        let start = host - host % self.shape.cluster();
-        if self.data_file.is_some() || (start < self.file.size() && !self.is_fixed(start >> self.shape.cluster_bits)) {
-            Ok(())
-        } else {
-            Err(self.damage("an L2 entry names metadata, or a place behind the end of the image"))
+    fn check_host(&self, host: u64, len: u64) -> IoResult {
+        if self.data_file.is_some() {
+            return Ok(());
         }
+        if host - host % self.shape.cluster() >= self.file.size() {
+            return Err(self.damage(&format!("Data cluster offset {host:#x} is behind the end of the image file")));
+        }
+        self.check_overlap(Kinds::NONE, host, len)
     }
 
     /// How the clusters from the one at `at` can be written; none if there is no L2 table that may be changed.
@@ -130,7 +132,7 @@ impl Qcow2 {
             }
             Ok(run)
         });
-        found.map_err(|Malformed| self.damage("an L2 entry is malformed"))
+        found.map_err(|why| self.malformed(at, why, true))
     }
 
     fn way_of(&self, entry: Entry, bytes: &Range<u64>) -> Way {
@@ -168,7 +170,7 @@ impl Qcow2 {
             // A table that others share has been written when it was shared, and has not changed since.
             let buf = IoBuf::alloc(us(cluster));
             if !(old & OFFSET).is_multiple_of(cluster) {
-                return Err(self.damage("L2 table offset unaligned"));
+                return Err(self.unaligned_table(at, old & OFFSET));
             }
             self.file.read(old & OFFSET, &buf).await?;
             buf
@@ -176,12 +178,14 @@ impl Qcow2 {
         let claimed = self.claim(1, None).await?;
         let table = claimed.start << self.shape.cluster_bits;
         if let Err(errno) = self.file.write(table, &content, WriteFlags::NONE).await {
-            self.unclaim(claimed).await;
+            self.unclaim(claimed.clone()).await;
             return Err(errno);
         }
+        self.guard.add(Kinds::ACTIVE_L2, claimed);
         self.set_l1_entry(index, table | COPIED);
         if old & OFFSET != 0 {
             let first = (old & OFFSET) >> self.shape.cluster_bits;
+            self.guard.remove(Kinds::ACTIVE_L2, first..first + 1);
             lock(&self.unlinked).push(Free {
                 clusters: first..first + 1,
                 discard: self.pass_discard.other,
@@ -193,10 +197,19 @@ impl Qcow2 {
 
     /// Claims up to `most` clusters of the image file in a row.
     pub(super) async fn claim(&self, most: u64, from: Option<u64>) -> IoResult<Range<u64>> {
-        let taken = |cluster: u64| self.is_fixed(cluster);
-        match self.refs.claim(most, from, &taken, &self.file).await {
-            Err(Errno::EUCLEAN) => Err(self.damage("the refcount structures are damaged")),
-            other => other,
+        let claimed = match self.refs.claim(most, from, &self.file).await {
+            Err(Errno::EUCLEAN) => return Err(self.damage("The refcount structures are damaged")),
+            other => other?,
+        };
+        // A damaged image may count metadata as free.
+        let bits = self.shape.cluster_bits;
+        let len = (claimed.end - claimed.start) << bits;
+        match self.check_overlap(Kinds::NONE, claimed.start << bits, len) {
+            Ok(()) => Ok(claimed),
+            Err(errno) => {
+                self.unclaim(claimed).await;
+                Err(errno)
+            }
         }
     }
 
@@ -218,7 +231,7 @@ impl Qcow2 {
         let mut virgin = u64::MAX;
         let host = match run.way {
             Way::InPlace(host) | Way::Reuse(host) => {
-                self.check_host(host)?;
+                self.check_host(host, run.bytes.end - run.bytes.start)?;
                 host - (run.bytes.start - start)
             }
             Way::Fresh if self.data_file.is_some() => start,
@@ -398,10 +411,5 @@ impl Qcow2 {
             && self.refs.blocks.dirty() == 0
             && !self.refs.is_table_dirty()
             && self.l1.read().unwrap_or_else(std::sync::PoisonError::into_inner).dirty.is_empty()
-    }
-
-    /// Whether changes are refused because the image has been found damaged.
-    pub(super) fn check_sound(&self) -> IoResult {
-        if self.damaged.load(Ordering::Acquire) { Err(Errno::EIO) } else { Ok(()) }
     }
 }

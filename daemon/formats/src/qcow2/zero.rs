@@ -1,7 +1,7 @@
 //! Zeroes and discards: the mapping changes, data is not touched. Whole subclusters only; the core writes the ends.
 
 use super::bytes::us;
-use super::entry::{Entry, Malformed, Place};
+use super::entry::{Entry, Place};
 use super::image::Qcow2;
 use block::{Errno, IoResult, Span, ZeroFlags};
 
@@ -96,7 +96,7 @@ impl Qcow2 {
         let mut pos = at;
         while pos < end {
             let next = (pos - pos % cluster + cluster).min(end);
-            let old = self.entry(slice, pos).map_err(|Malformed| self.damage("an L2 entry is malformed"))?;
+            let old = self.entry(slice, pos).map_err(|why| self.malformed(pos, why, true))?;
             changes.push((pos, old, new(old, self.touched(&(pos..next)))?));
             pos = next;
         }

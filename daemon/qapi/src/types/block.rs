@@ -148,6 +148,57 @@ pub enum BlockdevRefOrNull {
     Null(crate::Null),
 }
 
+/// Which metadata of an image is protected against being overwritten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+#[qapi(since = "2.9")]
+pub enum Qcow2OverlapCheckMode {
+    /// None.
+    None,
+    /// What stays at its place while the guest writes: header, tables of the first level, directories.
+    Constant,
+    /// What is known without reading: this, refcount blocks, and all tables but the inactive L2 tables.
+    Cached,
+    /// All.
+    All,
+}
+
+/// Which metadata of an image is protected, kind by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "2.9")]
+pub struct Qcow2OverlapCheckFlags {
+    /// What holds for the kinds that are left out; `cached` when left out.
+    pub template: Option<Qcow2OverlapCheckMode>,
+    /// The header.
+    pub main_header: Option<bool>,
+    /// The active L1 table.
+    pub active_l1: Option<bool>,
+    /// The L2 tables that it names.
+    pub active_l2: Option<bool>,
+    /// The refcount table.
+    pub refcount_table: Option<bool>,
+    /// The refcount blocks.
+    pub refcount_block: Option<bool>,
+    /// The table of snapshots.
+    pub snapshot_table: Option<bool>,
+    /// The L1 tables of snapshots.
+    pub inactive_l1: Option<bool>,
+    /// The L2 tables that they name.
+    pub inactive_l2: Option<bool>,
+    /// The directory of bitmaps.
+    #[qapi(since = "3.0")]
+    pub bitmap_directory: Option<bool>,
+}
+
+/// Which metadata of an image is protected.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(alternate, since = "2.9")]
+pub enum Qcow2OverlapChecks {
+    /// Kind by kind.
+    Flags(Box<Qcow2OverlapCheckFlags>),
+    /// By a name.
+    Mode(Qcow2OverlapCheckMode),
+}
+
 /// A QCOW2 image.
 #[derive(Debug, Clone, PartialEq, Qapi)]
 pub struct BlockdevOptionsQcow2 {
@@ -163,6 +214,10 @@ pub struct BlockdevOptionsQcow2 {
     /// Discarded clusters keep their place in the image; false when left out.
     #[qapi(since = "8.1")]
     pub discard_no_unref: Option<bool>,
+    /// Metadata that is looked for before each write to the image file, so that a damaged image is not damaged more; `cached`
+    /// when left out.
+    #[qapi(since = "2.9")]
+    pub overlap_check: Option<Qcow2OverlapChecks>,
     /// Bytes of metadata in memory at most, of both kinds together.
     pub cache_size: Option<i64>,
     /// Bytes of L2 tables in memory at most; what the image needs, but no more than 32 MiB, when left out.

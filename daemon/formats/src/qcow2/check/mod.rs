@@ -44,9 +44,11 @@ pub struct Image {
 
 /// Where a snapshot has its L1 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct SnapshotL1 {
-    at: u64,
-    entries: u64,
+pub(super) struct SnapshotL1 {
+    /// In bytes.
+    pub at: u64,
+    /// Its length.
+    pub entries: u64,
 }
 
 /// Checks the image in `file`, which nobody else uses.
@@ -162,7 +164,7 @@ impl Image {
 }
 
 /// Where the snapshots have their L1 tables, and the length of the table that says so.
-async fn snapshots(file: &Arc<Node>, header: &Header) -> Result<(Vec<SnapshotL1>, u64)> {
+pub(super) async fn snapshots(file: &Arc<Node>, header: &Header) -> Result<(Vec<SnapshotL1>, u64)> {
     let failed = |errno: Errno| Error::io("Could not read snapshots", errno.into());
     let mut at = header.snapshots_at;
     let mut found = Vec::new();
