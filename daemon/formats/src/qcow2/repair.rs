@@ -78,16 +78,17 @@ impl Qcow2 {
         self.refs.read_anew(header.reftable_at, &reftable.to_vec());
         lock(&self.unlinked).clear();
         lock(&self.retired).clear();
-        let mut table = self.l1.write().unwrap_or_else(PoisonError::into_inner);
-        table.entries = l1.to_vec().chunks_exact(8).map(|entry| be64(entry, 0)).collect();
-        table.at = header.l1_at;
-        table.dirty.clear();
-        debug_assert_eq!(
-            u64_of(table.entries.len()),
-            u64::from(header.l1_entries),
-            "a table as long as its header says"
-        );
-        drop(table);
+        {
+            let mut table = self.l1.write().unwrap_or_else(PoisonError::into_inner);
+            table.entries = l1.to_vec().chunks_exact(8).map(|entry| be64(entry, 0)).collect();
+            table.at = header.l1_at;
+            table.dirty.clear();
+            debug_assert_eq!(
+                u64_of(table.entries.len()),
+                u64::from(header.l1_entries),
+                "a table as long as its header says"
+            );
+        }
         let sound = header.incompatible & header::CORRUPT == 0;
         *lock(&self.header) = header;
         if sound {

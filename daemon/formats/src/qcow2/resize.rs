@@ -124,10 +124,11 @@ impl Qcow2 {
             header.l1_entries = count;
         })
         .await?;
-        let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
-        l1.entries = entries;
-        l1.at = at;
-        drop(l1);
+        {
+            let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
+            l1.entries = entries;
+            l1.at = at;
+        }
         self.guard_anew().await?;
         lock(&self.unlinked).push(Free { clusters: old, discard: self.pass_discard.other, table: false });
         Ok(())
