@@ -64,7 +64,8 @@ impl Driver for Qcow2 {
     }
 
     async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
-        self.write_packed(at, buf).await
+        let written = self.write_packed(at, buf).await;
+        self.conclude(written).await
     }
 
     async fn flush(&self) -> IoResult {

@@ -6,7 +6,8 @@
 
 use super::bytes::{u64_of, us};
 use super::compress;
-use super::entry::{Entry, Malformed, Place};
+use super::entry::{Entry, Place};
+use super::guard::Kinds;
 use super::image::Qcow2;
 use block::{Errno, IoResult, Span, WriteFlags};
 use buf::IoBuf;
@@ -38,12 +39,15 @@ impl Qcow2 {
         let held = self.busy.reserve(Span::new(at, self.shape.cluster()), true).await;
         self.own_table(at).await?;
         let len = u64_of(packed.len());
-        let taken = |cluster: u64| self.is_fixed(cluster);
-        let host = match self.refs.claim_bytes(len, &taken, &self.file).await {
-            Err(Errno::EUCLEAN) => return Err(self.damage("the refcount structures are damaged")),
+        let host = match self.refs.claim_bytes(len, &self.file).await {
+            Err(Errno::EUCLEAN) => return Err(self.damage("The refcount structures are damaged")),
             other => other?,
         };
-        let linked = match self.file.write(host, &IoBuf::copy_of(packed), WriteFlags::NONE).await {
+        let written = match self.check_overlap(Kinds::NONE, host, len) {
+            Ok(()) => self.file.write(host, &IoBuf::copy_of(packed), WriteFlags::NONE).await,
+            Err(errno) => Err(errno),
+        };
+        let linked = match written {
             Ok(()) => self.link_packed(at, host, len).await,
             Err(errno) => Err(errno),
         };
@@ -64,16 +68,18 @@ impl Qcow2 {
         }
         let new = Entry { place: Place::Packed { at: host, len }, stored: self.shape.all(), zero: 0 };
         let change = |slice: &mut Vec<u8>| {
-            let old = self.entry(slice, at)?;
-            self.put_entry(slice, at, new);
-            Ok(old)
+            let old = self.entry(slice, at);
+            if old.is_ok() {
+                self.put_entry(slice, at, new);
+            }
+            old
         };
         match self.change_slice(at, change).await? {
             Ok(old) => {
                 self.unlink(&[old], self.pass_discard.other);
                 Ok(())
             }
-            Err(Malformed) => Err(self.damage("an L2 entry is malformed")),
+            Err(why) => Err(self.malformed(at, why, true)),
         }
     }
 }

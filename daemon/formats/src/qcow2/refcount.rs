@@ -332,18 +332,18 @@ impl Refcounts {
     ///
     /// # Errors
     /// As [`Refcounts::claim`].
-    pub async fn claim_bytes(&self, len: u64, taken: &dyn Fn(u64) -> bool, file: &Edge) -> IoResult<u64> {
+    pub async fn claim_bytes(&self, len: u64, file: &Edge) -> IoResult<u64> {
         let bits = self.cluster_bits;
         if let Some(at) = self.take_rest(file).await? {
             let next = (at >> bits) + 1;
             let fits = at + len <= next << bits;
-            if fits || !self.claim(1, Some(next), taken, file).await?.is_empty() {
+            if fits || !self.claim(1, Some(next), file).await?.is_empty() {
                 self.leave_rest(at + len);
                 return Ok(at);
             }
             self.release(next - 1, file).await?;
         }
-        let at = self.claim(1, None, taken, file).await?.start << bits;
+        let at = self.claim(1, None, file).await?.start << bits;
         self.leave_rest(at + len);
         Ok(at)
     }
