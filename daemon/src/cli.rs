@@ -109,6 +109,8 @@ pub fn command() -> Command {
                 "[type=]TYPE,id=ID,node-name=NAME[,KEY=VALUE...]",
                 "Export a block node. \"help\" lists the types, \"TYPE,help\" the keys of one.\n\
                  nbd (needs --nbd-server): name=NAME, description=TEXT, allocation-depth=on|off.\n\
+                 vhost-user-blk: addr.type=unix,addr.path=PATH or addr.type=fd,addr.str=FD,\n\
+                 num-queues=N, logical-block-size=BYTES, serial=TEXT.\n\
                  All types: writable=on|off, writethrough=on|off, fixed-iothread=on|off,\n\
                  iothread=ID or iothread.0=ID,iothread.1=ID,...",
             ),

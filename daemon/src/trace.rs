@@ -30,6 +30,16 @@ pub const EVENTS: &[(&str, &str)] = &[
     ("nbd_server_accept", "the NBD server cannot take a client, or can again (always shown)"),
     ("nbd_trip", "an NBD client has left its export"),
     ("pr_manager_disconnected", "a pr-manager has no connection to its helper, and why"),
+    ("vhost_user_blk_accept", "a vhost-user-blk export cannot take a front-end (always shown)"),
+    ("vhost_user_blk_connected", "a vhost-user front-end has connected"),
+    (
+        "vhost_user_blk_dropped",
+        "a vhost-user front-end, or its guest, broke the rules and is disconnected (always shown)",
+    ),
+    ("vhost_user_blk_left", "a vhost-user front-end has left"),
+    ("vhost_user_blk_message", "a vhost-user message has come in"),
+    ("vhost_user_blk_refused", "a vhost-user message was answered with an error (always shown)"),
+    ("vhost_user_blk_ring_start", "a virtqueue starts, and how many requests of a former daemon it takes up"),
 ];
 
 /// What `--trace` options ask for, collected in order.

@@ -19,6 +19,7 @@ pub mod nbd;
 pub mod program;
 pub mod qmp;
 pub mod tools;
+pub mod vhost;
 
 pub use daemon::{Daemon, Setup};
 pub use program::{known_defect, on_reference};

@@ -104,6 +104,11 @@ impl Disk {
         &self.inner.reporter
     }
 
+    /// Whether each write is on stable storage before it completes.
+    pub fn is_writethrough(&self) -> bool {
+        self.inner.writethrough
+    }
+
     /// Counters of this user's requests.
     pub fn stats(&self) -> &Stats {
         &self.inner.stats

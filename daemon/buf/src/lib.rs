@@ -11,8 +11,12 @@
 //! What this crate must not do: I/O, blocking, knowledge of any protocol.
 #![expect(unsafe_code, reason = "owns raw memory that the kernel or a guest shares")]
 
+mod guest;
 mod iobuf;
+mod mapping;
 mod pool;
 
+pub use guest::{BadAddress, BadTable, Gather, GuestMemory, Region};
 pub use iobuf::{Backing, IoBuf, Segment, Segments};
+pub use mapping::{Mapping, Window};
 pub use pool::{MAX_ALIGN, pooled_bytes};

@@ -3,6 +3,7 @@
 //! | module | kind |
 //! | --- | --- |
 //! | [`nbd`] | NBD clients, over sockets |
+//! | [`vhost_user_blk`] | virtual machines, through their memory |
 //!
 //! The control task makes an export in three steps: the [`ExportDriver`] of its kind says what it needs of the node, the
 //! control task attaches a [`block::Disk`] with that, and the driver starts the export on it. It ends in two: it is asked to
@@ -11,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod nbd;
+pub mod vhost_user_blk;
 
 use block::driver::LocalFuture;
 use block::{Disk, IoResult, Perms};

@@ -12,6 +12,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Poll, Waker};
@@ -19,6 +20,8 @@ use std::time::Instant;
 
 /// The window after the first sleep that was short enough, in nanoseconds: about what a sleep and a wake-up cost.
 const FIRST_WINDOW: u64 = 4000;
+/// Looks at what is registered before the descriptors have their turn: as long as asking for those takes.
+const LOOKS: u32 = 16;
 /// The factor if none is given.
 const DEFAULT_GROW: u64 = 2;
 
@@ -68,7 +71,78 @@ thread_local! {
 /// Something happened that the calling thread may have waited for: the time to look for the next event starts anew.
 pub(crate) fn note_event() {
     // Only a thread that is ending has none, and it waits for nothing.
-    let _ = EVENTS.try_with(|events| events.set(events.get().wrapping_add(1)));
+    let events = EVENTS.try_with(|events| events.replace(events.get().wrapping_add(1))).unwrap_or(1);
+    // A thread with so much to do that it never gets to sleep still has to look now and then.
+    if events.is_multiple_of(32) {
+        look_around();
+    }
+}
+
+/// Something that no descriptor reports unless it is asked for: a queue in shared memory.
+///
+/// Called on the thread that registered it, outside of its task, at times when the thread has nothing else to do.
+pub trait Look {
+    /// Whether there is something to do. Must be cheap, and change nothing.
+    fn look(&self) -> bool;
+
+    /// The thread may sleep from now on, so ask for a report. True if there is something to do after all.
+    fn sleep(&self) -> bool;
+}
+
+struct Looker {
+    look: Rc<dyn Look>,
+    task: Waker,
+}
+
+thread_local! {
+    /// What this thread looks at, if it polls.
+    static LOOKERS: RefCell<Vec<Looker>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A [`Look`] is registered with the thread while this lives.
+pub struct Watched(Rc<dyn Look>);
+
+impl std::fmt::Debug for Watched {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watched")
+    }
+}
+
+impl Watched {
+    /// Has `look` looked at while the calling thread waits, and `task` woken when there is something to do. None on a thread
+    /// that is no IOThread.
+    pub fn new(look: Rc<dyn Look>, task: Waker) -> Option<Self> {
+        crate::thread::current_poller()?;
+        LOOKERS.try_with(|all| all.borrow_mut().push(Looker { look: Rc::clone(&look), task })).ok()?;
+        Some(Self(look))
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        // A thread that is ending has forgotten already.
+        let _ = LOOKERS.try_with(|all| all.borrow_mut().retain(|one| !Rc::ptr_eq(&one.look, &self.0)));
+    }
+}
+
+/// Whether the calling thread looks for events before it sleeps, as its settings are now.
+pub fn is_polling() -> bool {
+    crate::thread::current_poller().is_some_and(|poller| poller.settings.get().is_some())
+}
+
+/// Wakes who has something to do, of those that `ask` says it of.
+fn wake_lookers(ask: impl Fn(&dyn Look) -> bool) -> bool {
+    let woken = LOOKERS.try_with(|all| {
+        let all = all.try_borrow().ok()?;
+        let found = all.iter().filter(|one| ask(&*one.look)).map(|one| one.task.wake_by_ref()).count();
+        Some(found > 0)
+    });
+    woken.ok().flatten().unwrap_or(false)
+}
+
+/// Looks at everything that is registered with the calling thread once. For a task that is about to be busy for long.
+pub fn look_around() {
+    wake_lookers(|one| one.look());
 }
 
 /// What a thread with nothing to do does next.
@@ -163,11 +237,22 @@ impl Poller {
 
     /// The thread would sleep now.
     pub(crate) fn before_park(&self) {
-        let Some(polling) = self.settings.get() else { return };
-        let events = EVENTS.try_with(Cell::get).unwrap_or(0);
-        if self.idle.borrow_mut().next(self.now(), events, polling) == Next::Poll
-            && let Some(task) = self.task.borrow().as_ref()
-        {
+        let polls = self.settings.get().is_some_and(|polling| {
+            let events = EVENTS.try_with(Cell::get).unwrap_or(0);
+            self.idle.borrow_mut().next(self.now(), events, polling) == Next::Poll
+        });
+        if !polls {
+            wake_lookers(|one| one.sleep());
+            return;
+        }
+        for _ in 0..LOOKS {
+            if wake_lookers(|one| one.look()) {
+                note_event();
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        if let Some(task) = self.task.borrow().as_ref() {
             task.wake_by_ref();
         }
     }

@@ -339,7 +339,7 @@ impl AsFd for Listener {
     }
 }
 
-fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     if tokio::runtime::Handle::try_current().is_err() {
         return Err(io::Error::other("no event loop runs on this thread"));

@@ -422,6 +422,8 @@ where
             let _alive = alive;
             take_tasks(new_tasks).await;
         });
+        // Kept for those who ask for the current thread while `main` runs, whatever it does with its own.
+        let _kept = Arc::clone(&handle);
         main(handle).await
     })
 }

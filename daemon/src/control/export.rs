@@ -7,6 +7,7 @@ use super::{Control, Message};
 use block::disk::DiskOptions;
 use block::{Disk, Errno, IoResult, Node};
 use export::nbd::{NbdDriver, NbdServer, NbdServerParams};
+use export::vhost_user_blk::VhostUserBlkDriver;
 use export::{Export, ExportDriver, ExportParams, Resize, Resized};
 use io::IoThread;
 use io::socket;
@@ -75,6 +76,7 @@ impl Exports {
                 description: nbd.base.description.clone(),
                 allocation_depth: nbd.allocation_depth,
             })),
+            BlockExportVariant::VhostUserBlk(options) => Ok(Box::new(VhostUserBlkDriver { options })),
             BlockExportVariant::Fuse(_) => Err(Error::generic("FUSE exports are not supported yet")),
         }
     }

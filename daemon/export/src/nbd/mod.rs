@@ -25,7 +25,7 @@ mod reply;
 mod request;
 mod serve;
 mod server;
-mod slots;
+pub(crate) mod slots;
 mod wire;
 
 #[cfg(any(test, fuzzing))]

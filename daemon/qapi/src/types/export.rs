@@ -93,6 +93,22 @@ pub struct BlockExportOptionsFuse {
     pub allow_other: FuseExportAllowOther,
 }
 
+/// A vhost-user-blk export: a block device for a virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "5.2")]
+pub struct BlockExportOptionsVhostUserBlk {
+    /// The socket to listen on, of type `unix` or `fd`. One front-end is served at a time.
+    pub addr: SocketAddress,
+    /// The bytes of a block: a power of two, 512 at least and 2 MiB at most.
+    #[qapi(default = 512)]
+    pub logical_block_size: u64,
+    /// The number of queues, 1 at least and 256 at most.
+    #[qapi(default = 1)]
+    pub num_queues: u16,
+    /// The serial number that the guest sees, 20 bytes at most; `vhost_user_blk` when left out.
+    pub serial: Option<String>,
+}
+
 /// Exports a node over NBD; `block-export-add` does the same and more.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(command = "nbd-server-add", since = "1.3", deprecated)]
@@ -175,6 +191,8 @@ pub struct BlockExportOptions {
 pub enum BlockExportVariant {
     /// NBD.
     Nbd(BlockExportOptionsNbd),
+    /// A block device for a virtual machine, over a socket and shared memory.
+    VhostUserBlk(BlockExportOptionsVhostUserBlk),
     /// A file, through FUSE.
     Fuse(BlockExportOptionsFuse),
 }

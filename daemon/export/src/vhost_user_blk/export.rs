@@ -1,0 +1,204 @@
+//! [`VhostUserBlkExport`]: a socket on which one front-end after the other gets a disk.
+
+use super::config::Geometry;
+use super::device::{Device, Parts};
+use super::queue::Shared;
+use super::request::{ID_LEN, Limits};
+use crate::{Closed, Export, ExportDriver, ExportParams};
+use block::driver::LocalFuture;
+use block::perm::Bits;
+use block::{Disk, Perms};
+use io::{Listener, MessageSocket, socket};
+use qapi::types::export::BlockExportOptionsVhostUserBlk;
+use qapi::types::sockets::SocketAddressVariant;
+use qapi::{Error, Result};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How long accepting pauses when the system is short of descriptors or memory.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
+/// What a guest sees as serial number if the user gives none. `[reference]`
+const SERIAL: &str = "vhost_user_blk";
+/// Queues at most: a front-end names them in one byte.
+const MAX_QUEUES: u16 = 256;
+
+/// Starts exports of this kind.
+#[derive(Debug)]
+pub struct VhostUserBlkDriver<'a> {
+    /// What the user asked for.
+    pub options: &'a BlockExportOptionsVhostUserBlk,
+}
+
+impl ExportDriver for VhostUserBlkDriver<'_> {
+    fn permissions(&self, writable: bool) -> Perms {
+        let need = if writable { Bits::CONSISTENT_READ | Bits::WRITE } else { Bits::CONSISTENT_READ };
+        Perms { need, shared: Bits::ALL }
+    }
+
+    fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>> {
+        Box::pin(async move { Ok(start(self.options, params).await? as Arc<dyn Export>) })
+    }
+}
+
+/// An export of this kind.
+#[derive(Debug)]
+pub struct VhostUserBlkExport {
+    id: String,
+    disk: Disk,
+    clients: watch::Sender<usize>,
+    closing: watch::Sender<bool>,
+    /// False when nothing is left of it.
+    open: watch::Sender<bool>,
+}
+
+async fn start(options: &BlockExportOptionsVhostUserBlk, params: ExportParams) -> Result<Arc<VhostUserBlkExport>> {
+    if !matches!(options.addr.addr, SocketAddressVariant::Unix(_) | SocketAddressVariant::Fd(_)) {
+        return Err(Error::generic("Only socket address types 'unix' and 'fd' are supported"));
+    }
+    let block_size = options.logical_block_size;
+    let block_size =
+        u32::try_from(block_size).ok().filter(|size| size.is_power_of_two() && (512..=2 << 20).contains(size));
+    let Some(block_size) = block_size else {
+        return Err(Error::generic("parameter logical-block-size must be a power of 2 between 512 and 2097152"));
+    };
+    if options.num_queues == 0 {
+        return Err(Error::generic("num-queues must be greater than 0"));
+    }
+    if options.num_queues > MAX_QUEUES {
+        return Err(Error::generic(format!("num-queues must not be greater than {MAX_QUEUES}")));
+    }
+    let mut serial = [0; ID_LEN];
+    let text = options.serial.as_deref().unwrap_or(SERIAL).as_bytes();
+    let Some(place) = serial.get_mut(..text.len()) else {
+        return Err(Error::generic(format!("serial must not be longer than {ID_LEN} bytes")));
+    };
+    place.copy_from_slice(text);
+    let threads = params.serving_threads()?;
+    let listeners = socket::listen(&options.addr).await?;
+    let ExportParams { id, writable, disk, .. } = params;
+    let (grown, resized) = watch::channel(disk.size());
+    disk.on_resize(Box::new(move |size| {
+        grown.send_replace(size);
+    }));
+    let parts = Parts {
+        shared: Arc::new(Shared {
+            disk: disk.clone(),
+            limits: Limits { writable, block_size },
+            serial,
+            through: AtomicBool::new(true),
+        }),
+        geometry: Geometry { block_size, queues: options.num_queues, writable },
+        threads,
+        writeback: watch::Sender::new(!disk.is_writethrough()),
+        resized,
+    };
+    let export = Arc::new(VhostUserBlkExport {
+        id,
+        disk,
+        clients: watch::Sender::new(0),
+        closing: watch::Sender::new(false),
+        open: watch::Sender::new(true),
+    });
+    let this = Arc::clone(&export);
+    tokio::task::spawn_local(async move {
+        serve(listeners, &this, &parts).await;
+        drop(parts);
+        this.open.send_replace(false);
+    });
+    Ok(export)
+}
+
+/// Serves one front-end after the other until the export is to close.
+async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Parts) {
+    let mut short = false;
+    while let Some(accepted) = next_client(&listeners, export).await {
+        let socket = accepted.and_then(MessageSocket::new);
+        let socket = match socket {
+            Ok(socket) => socket,
+            Err(error) => {
+                if !std::mem::replace(&mut short, true) {
+                    tracing::warn!(target: "vhost_user_blk_accept", %error, export = export.id, "cannot accept a connection, and keeps trying");
+                }
+                tokio::time::sleep(SHORTAGE_PAUSE).await;
+                continue;
+            }
+        };
+        short = false;
+        export.clients.send_replace(1);
+        tracing::debug!(target: "vhost_user_blk_connected", export = export.id);
+        let result = Device::new(parts, socket).run(export.wait_closing()).await;
+        export.clients.send_replace(0);
+        match result {
+            Ok(()) => tracing::debug!(target: "vhost_user_blk_left", export = export.id, "front-end left"),
+            Err(error) => {
+                tracing::warn!(target: "vhost_user_blk_dropped", %error, export = export.id, "the front-end was disconnected");
+            }
+        }
+    }
+}
+
+/// The next connection of any listener; none when the export is to close.
+async fn next_client(
+    listeners: &[Listener],
+    export: &VhostUserBlkExport,
+) -> Option<std::io::Result<std::os::fd::OwnedFd>> {
+    let mut waiting: Vec<_> = listeners.iter().map(|listener| Box::pin(listener.accept())).collect();
+    let any = std::future::poll_fn(move |cx| {
+        let ready = waiting.iter_mut().find_map(|accept| match accept.as_mut().poll(cx) {
+            std::task::Poll::Ready(result) => Some(result),
+            std::task::Poll::Pending => None,
+        });
+        ready.map_or(std::task::Poll::Pending, std::task::Poll::Ready)
+    });
+    tokio::select! {
+        biased;
+        () = export.wait_closing() => None,
+        accepted = any => Some(accepted),
+    }
+}
+
+impl VhostUserBlkExport {
+    fn wait_closing(&self) -> impl Future<Output = ()> + use<> {
+        let mut closing = self.closing.subscribe();
+        async move {
+            // An error means that the export is gone.
+            let _ = closing.wait_for(|closing| *closing).await;
+        }
+    }
+}
+
+impl Export for VhostUserBlkExport {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn kind(&self) -> &'static str {
+        "vhost-user-blk"
+    }
+
+    fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    fn clients(&self) -> usize {
+        *self.clients.borrow()
+    }
+
+    fn is_shutting_down(&self) -> bool {
+        *self.closing.borrow()
+    }
+
+    fn request_shutdown(&self) {
+        self.closing.send_replace(true);
+    }
+
+    fn closed(&self) -> Closed {
+        let (mut closing, mut open) = (self.closing.subscribe(), self.open.subscribe());
+        Box::pin(async move {
+            let _ = closing.wait_for(|closing| *closing).await;
+            let _ = open.wait_for(|open| !*open).await;
+        })
+    }
+}

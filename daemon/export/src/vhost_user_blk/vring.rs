@@ -1,0 +1,194 @@
+//! One virtqueue as the front-end sets it up: what is known of it before it runs, and the task that runs it.
+
+use super::inflight::{Inflight, queue_len};
+use super::log::DirtyLog;
+use super::queue::{self, Change, Ended, Order, Setup, Shared};
+use super::ring::{Broken, Ring, RingFeatures};
+use super::wire::{InflightInfo, RingAddresses};
+use buf::{GuestMemory, Mapping};
+use io::{Bell, IoThread};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+
+/// The shared memory in which requests in flight are noted.
+#[derive(Clone, Debug)]
+pub(crate) struct InflightRegion {
+    pub map: Arc<Mapping>,
+    pub info: InflightInfo,
+}
+
+impl InflightRegion {
+    /// Bytes that a region for so many queues has.
+    pub(crate) fn len(info: &InflightInfo) -> u64 {
+        u64::from(info.queues).saturating_mul(u64::try_from(queue_len(info.queue_size)).unwrap_or(u64::MAX))
+    }
+
+    fn queue(&self, index: usize) -> Option<Inflight> {
+        if index >= usize::from(self.info.queues) {
+            return None;
+        }
+        Inflight::new(&self.map, index, self.info.queue_size)
+    }
+}
+
+/// What a ring needs of its device when it starts.
+pub(crate) struct Surroundings<'a> {
+    pub memory: &'a Arc<GuestMemory>,
+    pub features: RingFeatures,
+    /// Rings run without being enabled.
+    pub always_enabled: bool,
+    pub inflight: Option<&'a InflightRegion>,
+    pub log: Option<Arc<DirtyLog>>,
+    pub shared: &'a Arc<Shared>,
+    pub thread: &'a Arc<IoThread>,
+    /// Is told the index of a ring whose guest broke the rules.
+    pub failures: &'a mpsc::UnboundedSender<(usize, Broken)>,
+}
+
+#[derive(Debug)]
+struct Running {
+    orders: mpsc::UnboundedSender<Order>,
+    ended: oneshot::Receiver<Ended>,
+    /// What was noted for a successor about the cache, shared with the task's part of the region.
+    note: Option<Inflight>,
+}
+
+/// One virtqueue.
+#[derive(Debug, Default)]
+pub(crate) struct Vring {
+    pub size: Option<u16>,
+    pub addresses: Option<RingAddresses>,
+    /// The next entry of the available ring.
+    pub base: u16,
+    call: Option<Bell>,
+    pub err: Option<Bell>,
+    enabled: bool,
+    running: Option<Running>,
+}
+
+impl Vring {
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Changes the task, if there is one, and waits until the change holds.
+    async fn change(&self, change: Change) {
+        if let Some(running) = &self.running {
+            let (done, held) = oneshot::channel();
+            if running.orders.send((change, done)).is_ok() {
+                // One that has ended needs no change.
+                let _ = held.await;
+            }
+        }
+    }
+
+    pub(crate) async fn set_call(&mut self, call: Option<Bell>) {
+        if self.is_running() {
+            self.change(Change::Call(call)).await;
+        } else {
+            self.call = call;
+        }
+    }
+
+    pub(crate) async fn set_enabled(&mut self, enabled: bool) {
+        self.enabled = enabled;
+        self.change(Change::Enable(enabled)).await;
+    }
+
+    /// The ring, or the memory below it, lies elsewhere.
+    pub(crate) async fn moved(&self, memory: &Arc<GuestMemory>) {
+        if let Some(addresses) = self.addresses {
+            self.change(Change::Memory(Arc::clone(memory), addresses)).await;
+        }
+    }
+
+    pub(crate) async fn set_log(&self, log: Option<Arc<DirtyLog>>) {
+        self.change(Change::Log(log)).await;
+    }
+
+    /// Notes for a successor of this process whether writes are written through.
+    pub(crate) fn note_through(&self, through: bool) {
+        if let Some(note) = self.running.as_ref().and_then(|running| running.note.as_ref()) {
+            note.note_through(through);
+        }
+    }
+
+    /// Starts the ring, or gives one that runs another descriptor for kicks.
+    ///
+    /// Returns what a former process noted about the cache, if there was one.
+    ///
+    /// # Errors
+    /// It is not set up, or cannot be where it is said to be.
+    pub(crate) async fn kick(
+        &mut self,
+        index: usize,
+        kick: Option<OwnedFd>,
+        around: &Surroundings<'_>,
+    ) -> Result<Option<bool>, Broken> {
+        if self.is_running() {
+            self.change(Change::Kick(kick)).await;
+            return Ok(None);
+        }
+        let (Some(size), Some(at)) = (self.size, self.addresses) else {
+            return Err(Broken("a ring is started before its size and place are known"));
+        };
+        let mut ring = Ring::new(around.memory, &at, size, self.base, around.features)?;
+        let mut inflight = around.inflight.and_then(|region| region.queue(index));
+        let note = around.inflight.and_then(|region| region.queue(index));
+        let (mut left, mut noted) = (Vec::new(), None);
+        if let Some(inflight) = &mut inflight
+            && let Some(resume) = inflight.resume(ring.published()).map_err(Broken)?
+        {
+            ring = Ring::new(around.memory, &at, size, resume.base, around.features)?;
+            left = resume.heads;
+            noted = inflight.noted_through();
+        }
+        tracing::debug!(target: "vhost_user_blk_ring_start", index, size, base = ring.next_available(), resumed = left.len());
+        let (orders, taken) = mpsc::unbounded_channel();
+        let (tell, ended) = oneshot::channel();
+        let setup = Setup {
+            ring,
+            memory: Arc::clone(around.memory),
+            inflight,
+            left,
+            log: around.log.clone(),
+            enabled: self.enabled || around.always_enabled,
+            kick,
+            call: self.call.take(),
+            shared: Arc::clone(around.shared),
+        };
+        let failures = around.failures.clone();
+        let task = move || async move {
+            let (next, broken) = queue::run(setup, taken).await;
+            // The device may have gone.
+            let _ = tell.send((next, broken));
+            if let Some(broken) = broken {
+                let _ = failures.send((index, broken));
+            }
+        };
+        around.thread.spawn(task).map_err(|_| Broken("the iothread is stopped"))?;
+        self.running = Some(Running { orders, ended, note });
+        Ok(noted)
+    }
+
+    /// Tells the ring to stop, without waiting.
+    pub(crate) fn request_stop(&self) {
+        if let Some(running) = &self.running {
+            let (done, _) = oneshot::channel();
+            // One that has ended needs not to be told.
+            let _ = running.orders.send((Change::Stop, done));
+        }
+    }
+
+    /// Stops the ring when all its requests are done; returns the next entry of its available ring.
+    pub(crate) async fn stop(&mut self) -> u16 {
+        self.request_stop();
+        if let Some(running) = self.running.take()
+            && let Ok((next, _)) = running.ended.await
+        {
+            self.base = next;
+        }
+        self.base
+    }
+}
