@@ -95,11 +95,12 @@ fn the_schema_fits_into_the_references() {
     assert_eq!(
         extra,
         [
+            "block-export-add arguments.type=vhost-user-blk.addr.type=inet.keep-alive-count",
+            "block-export-add arguments.type=vhost-user-blk.addr.type=inet.keep-alive-idle",
+            "block-export-add arguments.type=vhost-user-blk.addr.type=inet.keep-alive-interval",
+            "block-export-add arguments.type=vhost-user-blk.serial",
             "blockdev-add arguments.driver=blkdebug.inject-error[].delay-ns",
             "blockdev-add arguments.driver=x-fault",
-            "chardev-add arguments.backend.type=socket.data.addr.type=inet.data.keep-alive-count",
-            "chardev-add arguments.backend.type=socket.data.addr.type=inet.data.keep-alive-idle",
-            "chardev-add arguments.backend.type=socket.data.addr.type=inet.data.keep-alive-interval",
             "query-block arguments.flat",
             "query-block return[].inserted.children",
             "query-block return[].inserted.image.limits",
