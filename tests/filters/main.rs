@@ -4,6 +4,7 @@
 mod blkdebug;
 mod fault;
 mod log;
+mod quorum;
 mod space;
 mod throttle;
 

@@ -19,6 +19,7 @@
 //! | [`check`] | the facet of a format that can check its image |
 //! | [`fault`] | the facet of a driver that fails on purpose |
 //! | [`throttle`] | limits of throughput, shared by groups of nodes |
+//! | [`join`] | several requests of one task at the same time |
 //! | [`clock`] | the time, so that tests can move it |
 //!
 //! Two threads of control meet here. The *control task* owns [`Graph`] and is the only one that changes anything
@@ -37,6 +38,7 @@ pub mod edge;
 pub mod fault;
 pub mod gate;
 pub mod graph;
+pub mod join;
 pub mod node;
 pub mod overlap;
 pub mod perm;

@@ -3,6 +3,7 @@
 //! | module | drivers |
 //! | --- | --- |
 //! | [`file`] | `file`, `host_device`, `host_cdrom` |
+//! | [`quorum`] | `quorum` |
 //! | [`raw`] | `raw` |
 //! | [`null`] | `null-co`, `null-aio` |
 //! | [`blkdebug`] | `blkdebug` |
@@ -29,6 +30,7 @@ pub mod file;
 pub mod filter;
 pub mod null;
 pub mod preallocate;
+pub mod quorum;
 pub mod raw;
 pub mod throttle;
 
@@ -84,6 +86,7 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),
                 BlockdevDriverOptions::NullCo(null) => boxed(null::open("null-co", null)?),
                 BlockdevDriverOptions::Preallocate(options) => boxed(preallocate::open(cx, options).await?),
+                BlockdevDriverOptions::Quorum(options) => boxed(quorum::open(cx, options).await?),
                 BlockdevDriverOptions::Raw(raw) => boxed(raw::open(cx, raw).await?),
                 BlockdevDriverOptions::XFault(options) => {
                     boxed(fault::open(cx, Arc::clone(&self.clock), options).await?)

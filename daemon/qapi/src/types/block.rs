@@ -117,6 +117,9 @@ pub enum BlockdevDriverOptions {
     /// Reserves space ahead of what is written.
     #[qapi(since = "6.0")]
     Preallocate(BlockdevOptionsPreallocate),
+    /// The same data in several nodes.
+    #[qapi(since = "2.0")]
+    Quorum(BlockdevOptionsQuorum),
     /// An image without format, or a part of one.
     Raw(BlockdevOptionsRaw),
     /// Limits the throughput of another node.

@@ -266,3 +266,31 @@ pub struct BlockdevOptionsBlklogwrites {
     /// The number of entries in the log is brought up to date after that many requests, and at each flush; 4096 when left out.
     pub log_super_update_interval: Option<u64>,
 }
+
+/// How a quorum reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+#[qapi(since = "2.9")]
+pub enum QuorumReadPattern {
+    /// All children, which vote.
+    Quorum,
+    /// The first child that can be read.
+    Fifo,
+}
+
+/// Keeps the same data in several nodes, and reads what enough of them agree on.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(since = "2.9")]
+pub struct BlockdevOptionsQuorum {
+    /// Stop at the first difference: for exactly two children and a threshold of 2. False when left out.
+    pub blkverify: Option<bool>,
+    /// The nodes, all of the same length.
+    pub children: Vec<BlockdevRef>,
+    /// How many children have to agree, and how many have to succeed in what they are asked to do.
+    pub vote_threshold: i64,
+    /// Children that were outvoted when read get what the others have. False when left out.
+    #[qapi(since = "2.1")]
+    pub rewrite_corrupted: Option<bool>,
+    /// How to read; `quorum` when left out.
+    #[qapi(since = "2.2")]
+    pub read_pattern: Option<QuorumReadPattern>,
+}
