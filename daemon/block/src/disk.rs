@@ -39,6 +39,10 @@ pub(crate) struct Inner {
     pub gate: Gate,
     pub label: String,
     writethrough: bool,
+    /// What the user needs and shares while its node is active.
+    pub wanted: Perms,
+    /// The user can do with a node that is not active, though it wants to write.
+    pub allow_inactive: bool,
     reporter: Reporter,
     stats: Stats,
     /// Guards the listeners. Control task and set-up only, never across an await.
@@ -66,12 +70,14 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub(crate) fn new(node: Arc<Node>, options: &DiskOptions, reporter: Reporter) -> Self {
+    pub(crate) fn new(node: Arc<Node>, options: &DiskOptions, allow_inactive: bool, reporter: Reporter) -> Self {
         let inner = Arc::new_cyclic(|me| Inner {
             edge: Arc::new(Edge::new("root", Role::Root, node, Parent::Disk(me.clone()))),
             gate: Gate::default(),
             label: options.label.clone(),
             writethrough: options.writethrough,
+            wanted: options.perms,
+            allow_inactive,
             reporter,
             stats: Stats::default(),
             on_resize: Mutex::default(),

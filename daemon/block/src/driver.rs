@@ -341,6 +341,18 @@ pub trait Driver: Send + Sync + 'static {
         let _ = event;
     }
 
+    /// The image is this process's again after it may have been another's: whatever was learned of it is forgotten and read
+    /// anew, down to the length. The permissions of the node hold already; nothing is in flight.
+    fn activate(&self) -> impl Future<Output = Result<()>> {
+        async { Ok(()) }
+    }
+
+    /// The image is about to be another process's: what is not in it is written now. Nothing is in flight, and the node has
+    /// been flushed.
+    fn deactivate(&self) -> impl Future<Output = Result<()>> {
+        async { Ok(()) }
+    }
+
     /// A drain begins above this node: what the driver holds back (not what it waits for) must go on now, and what still comes
     /// must not be held back, until [`Driver::drain_end`]. Nests.
     fn drain_begin(&self) {}
@@ -479,6 +491,8 @@ mirror! {
     fn discard(&self, span: Span) -> IoResult;
     fn map(&self, span: Span, precise: bool) -> IoResult<Mapping>;
     fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()>;
+    fn activate(&self) -> Result<()>;
+    fn deactivate(&self) -> Result<()>;
     fn prepare_perms(&self, new: Perms) -> Result<()>;
     fn start(&self) -> Result<()>;
     fn close(&self) -> ();

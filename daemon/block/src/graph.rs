@@ -4,6 +4,7 @@
 //! permissions are computed on paper), *prepare* what can fail (locks, descriptors; undone if a later one fails), *commit*,
 //! which cannot fail. Where edges or lengths change under requests, the gates of all disks above are closed in between.
 
+mod activity;
 mod change;
 mod open;
 mod permissions;
@@ -200,12 +201,29 @@ impl Graph {
     /// Makes a user of `node`.
     ///
     /// # Errors
-    /// Its permissions conflict with those of others, or a driver cannot get what they need. Nothing has changed then.
+    /// Its permissions conflict with those of others, a driver cannot get what they need, or the node is not active and the
+    /// user would change it. Nothing has changed then.
     pub async fn attach(&mut self, node: &Arc<Node>, options: &DiskOptions) -> Result<Disk> {
-        let disk = Disk::new(Arc::clone(node), options, self.reporter.clone());
+        let changes = Bits::WRITE | Bits::WRITE_UNCHANGED | Bits::RESIZE;
+        if !node.is_active() && options.perms.need.intersects(changes) {
+            let bits = options.perms.need & changes;
+            return Err(Error::generic(format!("Permission '{bits}' unavailable on inactive node")));
+        }
+        self.attach_even_inactive(node, options, false).await
+    }
+
+    /// The same for a user that can do without what it needs while the node is not active.
+    ///
+    /// # Errors
+    /// Those of [`Graph::attach`] but the last.
+    pub async fn attach_inactive(&mut self, node: &Arc<Node>, options: &DiskOptions) -> Result<Disk> {
+        self.attach_even_inactive(node, options, true).await
+    }
+
+    async fn attach_even_inactive(&mut self, node: &Arc<Node>, options: &DiskOptions, allow: bool) -> Result<Disk> {
+        let disk = Disk::new(Arc::clone(node), options, allow, self.reporter.clone());
         link(&disk.inner.edge);
-        let set = [(Arc::clone(&disk.inner.edge), options.perms)];
-        let plan = permissions::plan(std::slice::from_ref(node), &set, &Overlay::default(), &[]);
+        let plan = permissions::plan(std::slice::from_ref(node), &[], &Overlay::default(), &[]);
         let done = match plan {
             Ok(plan) => plan.carry_out().await,
             Err(error) => Err(error),
@@ -233,6 +251,11 @@ impl Graph {
     /// The process is about to end: from now on drivers hold no request back, so that exports can close at once.
     pub fn release_all(&self) {
         self.nodes().for_each(|node| node.driver().drain_begin());
+    }
+
+    /// Whether an export or a job uses `node` itself.
+    pub fn has_users(&self, node: &Arc<Node>) -> bool {
+        node.parents().iter().any(|edge| matches!(edge.parent, Parent::Disk(_)))
     }
 
     /// Waits until no request is inside any disk above `node`, and keeps new ones out while the result lives.

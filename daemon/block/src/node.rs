@@ -11,9 +11,11 @@ use crate::driver::{DynDriver, Facts, Prealloc};
 use crate::edge::Edge;
 use crate::overlap::Overlap;
 use crate::perm::{Bits, Perms};
+use crate::report::{Report, Reporter};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
 use qapi::types::block::BlockdevOptions;
+use qapi::types::block_event::BlockWriteThreshold;
 use qapi::types::block_filters::BlkdebugEvent;
 use qapi::{Error, Result};
 use std::fmt;
@@ -49,6 +51,8 @@ pub struct NodeOptions {
     pub discard: bool,
     /// `detect-zeroes`.
     pub detect_zeroes: DetectZeroes,
+    /// `active=off`: the image may be another process's at the moment. It is not written to, and not locked.
+    pub inactive: bool,
 }
 
 /// The links of a node, changed by the control task alone.
@@ -84,6 +88,8 @@ pub struct Node {
     /// The value of `written` at the start of the last flush that succeeded.
     flushed: AtomicU64,
     corrupt: AtomicBool,
+    write_threshold: AtomicU64,
+    reporter: Reporter,
     overlap: Overlap,
     stats: Stats,
     /// Guards the links. Control task only, never across an await.
@@ -112,6 +118,7 @@ impl Node {
         options: NodeOptions,
         length: u64,
         children: Vec<Arc<Edge>>,
+        reporter: Reporter,
     ) -> Self {
         let facts = driver.facts();
         Self {
@@ -125,6 +132,8 @@ impl Node {
             written: AtomicU64::new(1),
             flushed: AtomicU64::new(0),
             corrupt: AtomicBool::new(false),
+            write_threshold: AtomicU64::new(0),
+            reporter,
             overlap: Overlap::default(),
             stats: Stats::default(),
             links: Mutex::new(Links { children, ..Links::default() }),
@@ -208,6 +217,40 @@ impl Node {
     pub fn opened_implicitly(self: &Arc<Self>, child: &Arc<Node>) -> bool {
         let links = child.links();
         links.implicit && links.owner.upgrade().is_some_and(|owner| Arc::ptr_eq(&owner, self))
+    }
+
+    /// Whether the image is this process's to use.
+    pub fn is_active(&self) -> bool {
+        !self.options.load().inactive
+    }
+
+    pub(crate) fn set_active(&self, active: bool) {
+        let options = NodeOptions { inactive: !active, ..(*self.options()).clone() };
+        self.options.store(Arc::new(options));
+    }
+
+    /// The offset in bytes beyond which a write is reported, once; 0 is none.
+    pub fn write_threshold(&self) -> u64 {
+        self.write_threshold.load(Ordering::Relaxed)
+    }
+
+    /// Has the next write that goes beyond `threshold` bytes reported; 0 has none.
+    pub fn set_write_threshold(&self, threshold: u64) {
+        self.write_threshold.store(threshold, Ordering::Relaxed);
+    }
+
+    /// Reports a write up to `end` if it goes beyond the threshold, which is gone with it.
+    pub(crate) fn check_threshold(&self, end: u64) {
+        let threshold = self.write_threshold.load(Ordering::Relaxed);
+        let first =
+            || self.write_threshold.compare_exchange(threshold, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if threshold > 0 && end > threshold && first() {
+            self.reporter.report(Report::WriteThreshold(BlockWriteThreshold {
+                node_name: self.name.clone(),
+                amount_exceeded: end - threshold,
+                write_threshold: threshold,
+            }));
+        }
     }
 
     /// Puts options in force. Control task, with nothing in flight.

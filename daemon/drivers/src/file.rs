@@ -29,10 +29,10 @@ use block::{
 use buf::IoBuf;
 use io::{BlockDevice, DirectAlign, Engine, File};
 use permissions::Locks;
-use qapi::Result;
 use qapi::types::block_query::{
     BlockStatsSpecificFile, BlockStatsSpecificVariant, ImageInfoSpecificFileWrapper, ImageInfoSpecificVariant,
 };
+use qapi::{Error, Result};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -61,17 +61,18 @@ struct Settings {
     writing: Writing,
     force_share: bool,
     direct: bool,
+    drop_cache: bool,
     align: DirectAlign,
 }
 
 impl Settings {
-    fn new(node: &NodeOptions, align: DirectAlign) -> Self {
+    fn new(node: &NodeOptions, drop_cache: bool, align: DirectAlign) -> Self {
         let writing = match (node.read_only, node.auto_read_only) {
             (true, _) => Writing::Never,
             (false, false) => Writing::Always,
             (false, true) => Writing::WhenNeeded,
         };
-        Self { writing, force_share: node.force_share, direct: node.direct, align }
+        Self { writing, force_share: node.force_share, direct: node.direct, drop_cache, align }
     }
 }
 
@@ -341,6 +342,19 @@ impl Driver for FileDriver {
 
     fn reopen(&self) -> Option<&dyn Reopen> {
         Some(self)
+    }
+
+    /// The pages that this host has of the file may be older than what another host has written.
+    async fn activate(&self) -> Result<()> {
+        let failed = |e| Error::io(format!("Could not drop the cache of '{}'", self.filename), e);
+        let file = self.file().map_err(|e| Error::io(format!("'{}' is closed", self.filename), e.into()))?;
+        let stat = file.stat().await.map_err(failed)?;
+        self.end.store(stat.size, Ordering::Relaxed);
+        let settings = self.settings();
+        if settings.drop_cache && !settings.direct && !matches!(self.medium, Medium::Char) {
+            file.drop_cache(0, 0).await.map_err(failed)?;
+        }
+        Ok(())
     }
 
     async fn prepare_perms(&self, new: Perms) -> Result<()> {

@@ -134,13 +134,22 @@ impl Control {
         if options.writable && node.options().read_only {
             return Err(Error::generic("Cannot export read-only node as writable"));
         }
+        if options.allow_inactive && !matches!(options.export, BlockExportVariant::Nbd(_)) {
+            return Err(Error::generic("Export type does not support inactive exports"));
+        }
+        if !options.allow_inactive {
+            self.graph.activate(&node).await?;
+        }
         let driver = self.exports.driver(&options, &node)?;
         let disk_options = DiskOptions {
             label: format!("block export '{}'", options.id),
             perms: driver.permissions(options.writable),
             writethrough: options.writethrough,
         };
-        let disk = self.graph.attach(&node, &disk_options).await?;
+        let disk = match options.allow_inactive {
+            true => self.graph.attach_inactive(&node, &disk_options).await?,
+            false => self.graph.attach(&node, &disk_options).await?,
+        };
         let params = ExportParams {
             id: options.id.clone(),
             writable: options.writable,

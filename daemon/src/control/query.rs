@@ -180,7 +180,7 @@ async fn device_info(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
             .iter()
             .map(|edge| BlockdevChild { child: edge.name().to_owned(), node_name: edge.node().name().to_owned() })
             .collect(),
-        active: true,
+        active: !options.inactive,
         encrypted: false,
         detect_zeroes: match options.detect_zeroes {
             DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
@@ -208,7 +208,7 @@ async fn device_info(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
         iops_size: None,
         group: None,
         cache,
-        write_threshold: 0,
+        write_threshold: node.write_threshold(),
     }
 }
 

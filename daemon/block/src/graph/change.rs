@@ -95,6 +95,9 @@ impl Change {
         let Some(list) = parent.driver().child_list() else {
             return Err(Error::generic(format!("The node {} does not support adding a child", parent.name())));
         };
+        if !child.parents().is_empty() {
+            return Err(Error::generic(format!("The node {} already has a parent", child.name())));
+        }
         let (name, role) = list.next()?;
         self.add_edge(parent, &name, role, child);
         Ok(())

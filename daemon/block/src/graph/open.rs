@@ -151,7 +151,7 @@ impl OpenContext<'_> {
             }
         };
         let children = std::mem::take(&mut self.children);
-        let node = Arc::new(Node::new(name, driver, self.options.clone(), length, children));
+        let node = Arc::new(Node::new(name, driver, self.options.clone(), length, children, self.reporter()));
         node.links().given = given;
         for edge in node.children() {
             if let Parent::Node(parent) = &edge.parent {
@@ -221,7 +221,7 @@ impl OpenContext<'_> {
 
     /// Lets the drivers write what they have to, children first.
     async fn start(&self) -> Result<()> {
-        for node in &self.opened {
+        for node in self.opened.iter().filter(|node| node.is_active()) {
             node.driver().start().await?;
         }
         Ok(())
@@ -253,6 +253,7 @@ pub(super) fn inherit(parent: &NodeOptions, role: Role) -> NodeOptions {
         // Whether discards come down is decided above.
         discard: role != Role::Backing,
         detect_zeroes: DetectZeroes::Off,
+        inactive: parent.inactive,
     }
 }
 
@@ -270,6 +271,7 @@ pub(super) fn effective(given: &BlockdevOptions, inherited: &NodeOptions) -> Res
             BlockdevDetectZeroesOptions::On => DetectZeroes::On,
             BlockdevDetectZeroesOptions::Unmap => DetectZeroes::Unmap,
         }),
+        inactive: given.active.map_or(inherited.inactive, |active| !active),
     };
     if options.detect_zeroes == DetectZeroes::Unmap && !options.discard {
         return Err(Error::generic(

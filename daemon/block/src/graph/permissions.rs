@@ -54,6 +54,15 @@ impl Overlay {
         overlay
     }
 
+    /// The graph with these nodes active, or not.
+    pub fn with_active(nodes: &[Arc<Node>], active: bool) -> Self {
+        let options = |node: &Arc<Node>| {
+            let options = NodeOptions { inactive: !active, ..(*node.options()).clone() };
+            (id(node), Arc::new(options))
+        };
+        Self { options: nodes.iter().map(options).collect(), ..Self::default() }
+    }
+
     fn child(&self, edge: &Arc<Edge>) -> Arc<Node> {
         self.moved.get(&id(edge)).cloned().unwrap_or_else(|| edge.node())
     }
@@ -115,10 +124,20 @@ pub(super) fn plan(
     let mut nodes = Vec::new();
     for node in parents_first(roots, overlay) {
         let users = overlay.parents(&node);
+        let active = !overlay.options(&node).inactive;
         let claims: Vec<_> = users
             .iter()
             .map(|edge| {
-                let perms = perms.get(&id(edge)).copied().unwrap_or_else(|| edge.perms());
+                let perms = match (perms.get(&id(edge)), &edge.parent) {
+                    (Some(perms), _) => *perms,
+                    (None, Parent::Node(_)) => edge.perms(),
+                    (None, Parent::Disk(disk)) => {
+                        let wanted = disk.upgrade().map_or_else(|| edge.perms(), |disk| disk.wanted);
+                        let perms = if active { wanted } else { Perms::default() };
+                        edges.push((Arc::clone(edge), perms));
+                        perms
+                    }
+                };
                 Claim { who: edge.parent_label(), child: edge.name(), perms }
             })
             .collect();
@@ -128,8 +147,15 @@ pub(super) fn plan(
         let all = claims.iter().fold(Perms::default(), |all, claim| all.with(claim.perms));
         check_writable(&node, all, overlay)?;
         for (edge, to) in overlay.children(&node) {
+            if active && overlay.options(&to).inactive {
+                let (child, name, parent) = (to.name(), edge.name(), node.name());
+                return Err(Error::generic(format!("Inactive '{child}' can't be a {name} child of active '{parent}'")));
+            }
             let new = prepared.get(&id(&node)).and_then(|new| new.child_perms(&edge, all));
             let mut child = new.unwrap_or_else(|| node.driver().child_perms(&edge, all));
+            if !active {
+                child = Perms::default();
+            }
             if overlay.options(&to).force_share {
                 child.shared = Bits::ALL;
             }

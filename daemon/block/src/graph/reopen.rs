@@ -132,7 +132,7 @@ impl Batch<'_> {
         let Some(before) = node.given() else {
             return Err(Error::generic(format!("Node '{}' was not made from options", node.name())));
         };
-        let options = effective(&given, inherited)?;
+        let options = renewed(node, &given, inherited)?;
         let json = given.to_value();
         let mut handled = Vec::new();
         if let Some(facet) = node.driver().backing() {
@@ -202,7 +202,7 @@ impl Batch<'_> {
                 _ if self.explicit.contains_key(&id(&child)) => {}
                 _ => {
                     if let Some(given) = child.given()
-                        && effective(&given, &inherited)? != *child.options()
+                        && renewed(&child, &given, &inherited)? != *child.options()
                     {
                         self.keep(&child, &given, &inherited)?;
                     }
@@ -214,7 +214,7 @@ impl Batch<'_> {
 
     /// A child that stays as it is except for what it inherits, and its own children likewise.
     fn keep(&mut self, node: &Arc<Node>, given: &Arc<BlockdevOptions>, inherited: &NodeOptions) -> Result<()> {
-        let options = effective(given, inherited)?;
+        let options = renewed(node, given, inherited)?;
         self.done.insert(id(node), self.change.reopened.len());
         let new = NewNode { node: Arc::clone(node), given: Arc::clone(given), options: options.clone() };
         self.change.reopened.push(new);
@@ -226,13 +226,18 @@ impl Batch<'_> {
                 && let Some(given) = child.given()
             {
                 let inherited = inherit(&options, edge.role());
-                if effective(&given, &inherited)? != *child.options() {
+                if renewed(&child, &given, &inherited)? != *child.options() {
                     self.keep(&child, &given, &inherited)?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// The options that a node will have; whether it is active is no affair of options once it is there.
+fn renewed(node: &Arc<Node>, given: &BlockdevOptions, inherited: &NodeOptions) -> Result<NodeOptions> {
+    Ok(NodeOptions { inactive: node.options().inactive, ..effective(given, inherited)? })
 }
 
 /// The node inside whose options `node` was made, and what it is to it, as long as it is its child.
@@ -261,13 +266,16 @@ fn check_fixed(node: &Arc<Node>, before: &BlockdevOptions, after: &BlockdevOptio
     for (key, value) in after.iter().filter(|(key, _)| !may_change(key)) {
         let same = match key.as_str() {
             "node-name" => value.as_str() == Some(node.name()),
+            // As it is now, whatever it was at first: `blockdev-set-active` changes it.
+            "active" => value.as_bool() == Some(node.is_active()),
             key => find(&before, key).as_ref() == Some(value),
         };
         if !same {
             return Err(Error::generic(format!("Cannot change the option '{key}'")));
         }
     }
-    for (key, _) in before.iter().filter(|(key, _)| !may_change(key) && key != "node-name") {
+    let stays = |key: &str| may_change(key) || ["node-name", "active"].contains(&key);
+    for (key, _) in before.iter().filter(|(key, _)| !stays(key)) {
         if find(&after, key).is_none() {
             return Err(Error::generic(format!("Option '{key}' cannot be reset to its default value")));
         }

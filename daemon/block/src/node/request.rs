@@ -165,7 +165,7 @@ impl Node {
     /// What is checked before any change of data.
     fn check_change(&self, span: Span, op: Op) -> IoResult {
         let options = self.options.load();
-        let refused = if options.read_only {
+        let refused = if options.read_only || options.inactive {
             Some(Errno::EPERM)
         } else if span.at.checked_add(span.len).is_none_or(|end| end > i64::MAX.unsigned_abs()) {
             Some(Errno::EINVAL)
@@ -174,10 +174,18 @@ impl Node {
         } else {
             None
         };
-        refused.map_or(Ok(()), |errno| {
-            self.stats.refused(op);
-            Err(errno)
-        })
+        match refused {
+            Some(errno) => {
+                self.stats.refused(op);
+                Err(errno)
+            }
+            None => {
+                if op == Op::Write {
+                    self.check_threshold(span.end());
+                }
+                Ok(())
+            }
+        }
     }
 
     /// FUA as the driver can do it: the flags to pass on, and whether a flush has to follow.

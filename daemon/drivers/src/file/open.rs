@@ -70,7 +70,7 @@ async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOption
         medium,
         engine: how.engine,
         native: options.aio == Some(BlockdevAioOptions::Native),
-        settings: ArcSwap::from_pointee(Settings::new(node, align)),
+        settings: ArcSwap::from_pointee(Settings::new(node, options.drop_cache, align)),
         file: ArcSwapOption::from_pointee(file),
         locks: Mutex::new(Locks::new(lock)),
         able: Able::default(),

@@ -8,6 +8,7 @@ use block::Errno;
 use block::driver::LocalFuture;
 use block::reopen::{NewOptions, Prepared, Reopen};
 use io::{Access, File, OpenHow};
+use qapi::types::block::BlockdevDriverOptions;
 use qapi::{Error, Result};
 use std::sync::Arc;
 
@@ -24,7 +25,10 @@ impl Reopen for FileDriver {
             if self.native && !new.after.direct {
                 return Err(open::native_needs_direct());
             }
-            self.locks().reopening = Some(Settings::new(new.after, self.settings().align));
+            let (BlockdevDriverOptions::File(options) | BlockdevDriverOptions::HostDevice(options)) = new.driver else {
+                return Err(Error::generic("These are not the options of a file"));
+            };
+            self.locks().reopening = Some(Settings::new(new.after, options.drop_cache, self.settings().align));
             let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting(self));
             Ok(waiting)
         })

@@ -7,7 +7,7 @@ use block::driver::Prealloc;
 use block::reopen::{Backing, Reopen};
 use block::{Driver, Edge, Facts, ImageDetails, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
 use buf::IoBuf;
-use qapi::Result;
+use qapi::{Error, Result};
 
 impl Driver for Qcow2 {
     fn name(&self) -> &'static str {
@@ -116,6 +116,14 @@ impl Driver for Qcow2 {
 
     async fn start(&self) -> Result<()> {
         self.repair_dirty().await
+    }
+
+    async fn activate(&self) -> Result<()> {
+        self.read_again().await
+    }
+
+    async fn deactivate(&self) -> Result<()> {
+        self.settle().await.map_err(|errno| Error::io("Could not write the metadata of the image", errno.into()))
     }
 
     async fn close(&self) {

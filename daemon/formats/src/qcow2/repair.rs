@@ -50,7 +50,7 @@ impl Qcow2 {
     }
 
     /// Nothing waits to be written or freed afterwards. Nothing is in flight.
-    async fn settle(&self) -> IoResult {
+    pub(super) async fn settle(&self) -> IoResult {
         if self.is_read_only() || self.check_sound().is_err() {
             return Ok(());
         }
@@ -61,6 +61,30 @@ impl Qcow2 {
             }
         }
         self.file.flush().await
+    }
+
+    /// Reads the image anew after another process may have changed it.
+    ///
+    /// # Errors
+    /// It cannot be read, or has become another image.
+    pub(super) async fn read_again(&self) -> Result<()> {
+        let failed = |errno: block::Errno| Error::io("Could not read the image", errno.into());
+        let before = self.header_now();
+        self.read_anew().await.map_err(failed)?;
+        let header = self.header_now();
+        let shape = |header: &Header| {
+            (
+                header.version,
+                header.cluster_bits,
+                header.refcount_order,
+                header.incompatible & !(header::DIRTY | header::CORRUPT),
+            )
+        };
+        if shape(&header) != shape(&before) {
+            return Err(Error::generic("The image is not the one that it was"));
+        }
+        self.size.store(header.size, Ordering::Release);
+        Ok(())
     }
 
     /// Forgets what is in memory of the metadata, and reads the header and the tables.

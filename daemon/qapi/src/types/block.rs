@@ -68,6 +68,10 @@ pub struct BlockdevOptions {
     /// The name of the node: letters, digits, `-`, `.` and `_`, a letter first, 31 bytes at most. A node that is not made
     /// inside another one must have it.
     pub node_name: Option<String>,
+    /// Use the image from the start. False leaves it to another process until `blockdev-set-active`: it is not locked, and
+    /// nothing is written. True when left out, and inherited by a node made inside another one.
+    #[qapi(since = "10.0")]
+    pub active: Option<bool>,
     /// What becomes of discard requests; `ignore` when left out, and for a node made inside another one the same as there.
     pub discard: Option<BlockdevDiscardOptions>,
     /// How much of the host's cache is used.
@@ -290,6 +294,64 @@ pub struct BlockdevOptionsRaw {
 pub struct BlockdevReopen {
     /// The options of each node, with its `node-name`.
     pub options: Vec<BlockdevOptions>,
+}
+
+/// Makes a node active, with the nodes below it, or inactive, with those below it that nothing active needs. An inactive node
+/// leaves its image to other processes: it holds no lock and is not written to. When it becomes active, the image is read
+/// anew.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "blockdev-set-active", since = "10.0")]
+pub struct BlockdevSetActive {
+    /// The name of the node; all nodes when left out.
+    pub node_name: Option<String>,
+    /// Whether it is to be active.
+    pub active: bool,
+}
+
+/// Has the next write that goes beyond an offset reported by the event `BLOCK_WRITE_THRESHOLD`, once.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "block-set-write-threshold", since = "2.3")]
+pub struct BlockSetWriteThreshold {
+    /// The name of the node.
+    pub node_name: String,
+    /// The offset in bytes; 0 takes the threshold away.
+    pub write_threshold: u64,
+}
+
+/// Adds a child to a node, or takes one away: those of a quorum.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "x-blockdev-change", since = "2.7", unstable)]
+pub struct XBlockdevChange {
+    /// The name of the node.
+    pub parent: String,
+    /// What the child to be removed is to the node, for instance `children.1`.
+    pub child: Option<String>,
+    /// The name of the node to be added.
+    pub node: Option<String>,
+}
+
+/// Names an iothread for a node and those that hang together with it. Nodes have no thread of their own in this daemon: the
+/// requests of an export run on the export's threads, whatever nodes they go through. The command checks what it is given and
+/// changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "x-blockdev-set-iothread", since = "2.12", unstable)]
+pub struct XBlockdevSetIothread {
+    /// The name of the node.
+    pub node_name: String,
+    /// The id of the iothread; null is the main loop.
+    pub iothread: StrOrNull,
+    /// Also if an export uses the node.
+    pub force: Option<bool>,
+}
+
+/// A text or nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(alternate, since = "2.10")]
+pub enum StrOrNull {
+    /// The text.
+    S(String),
+    /// Nothing.
+    N(crate::Null),
 }
 
 /// Removes a node that nothing uses.
