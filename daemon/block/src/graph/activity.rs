@@ -97,7 +97,7 @@ impl Graph {
     async fn deactivate_all(&mut self, tops: Vec<Arc<Node>>, what: &str) -> Result<()> {
         let failed = |errno: Errno| Error::io(format!("Failed to inactivate {what}"), errno.into());
         let nodes = needless_below(&tops);
-        if nodes.iter().any(|node| has_writer(node)) {
+        if nodes.iter().any(has_writer) {
             return Err(failed(Errno::EPERM));
         }
         let drained = Drained::new(above(nodes.clone(), Vec::new())).await;
