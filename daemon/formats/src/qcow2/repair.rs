@@ -10,6 +10,7 @@ use block::driver::LocalFuture;
 use buf::IoBuf;
 use qapi::{Error, Result};
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 impl Check for Qcow2 {
     fn check(&self, fix: Fix) -> LocalFuture<'_, Result<Found>> {
