@@ -102,7 +102,8 @@ fn run(arguments: &[String]) -> Result<(), Stop> {
     start_trace(&steps)?;
     let confinement = confinement(&steps, pidfile.as_deref())?;
     let sandbox = confinement.take_on()?;
-    let main = |_| serve(steps, pidfile, starting, sandbox);
+    // As long as its handle lives, the main thread is an IOThread that exports can use.
+    let main = async |_thread| serve(steps, pidfile, starting, sandbox).await;
     io::run_main("main", io::Params::default(), main)
         .map_err(|error| Error::io("cannot start the event loop", error))?
 }

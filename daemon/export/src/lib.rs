@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`nbd`] | NBD clients, over sockets |
 //! | [`vhost_user_blk`] | virtual machines, through their memory |
+//! | [`fuse`] | a regular file |
 //!
 //! The control task makes an export in three steps: the [`ExportDriver`] of its kind says what it needs of the node, the
 //! control task attaches a [`block::Disk`] with that, and the driver starts the export on it. It ends in two: it is asked to
@@ -11,7 +12,9 @@
 //! the graph, or know QMP commands.
 #![forbid(unsafe_code)]
 
+pub mod fuse;
 pub mod nbd;
+mod slots;
 pub mod vhost_user_blk;
 
 use block::driver::LocalFuture;

@@ -3,6 +3,7 @@
 //! - [`IoThread`]: an OS thread with one event loop, one io_uring and a bounded pool for calls that block.
 //! - [`File`]: reads and writes of whole buffers at offsets, on the ring of the calling thread or on its pool.
 //! - [`ImageLock`]: the lock bytes that keep two programs from writing to one image.
+//! - [`FuseDevice`], [`fuse_mount`]: the kernel's requests to a file system, and how to get some.
 //! - [`Stream`], [`Listener`]: sockets that receive into and send from [`buf::IoBuf`]s.
 //!
 //! An operation owns its memory and its descriptor until the kernel is done with them, whatever happens to the future that
@@ -16,6 +17,7 @@ mod doorbell;
 mod extent;
 mod fd;
 mod file;
+mod fuse_device;
 pub mod fuse_mount;
 mod lock;
 mod messages;
@@ -38,6 +40,7 @@ pub use direct::DirectAlign;
 pub use doorbell::{Bell, Doorbell};
 pub use extent::{AllocMode, Extent};
 pub use file::{Access, Engine, File, FileKind, FileStat, OpenHow};
+pub use fuse_device::FuseDevice;
 pub use lock::{ImageLock, LockError, LockMode, LockSet, Locking};
 pub use messages::MessageSocket;
 pub use polling::{Look, Polling, Watched, is_polling, look_around};

@@ -6,6 +6,7 @@
 use super::{Control, Message};
 use block::disk::DiskOptions;
 use block::{Disk, Errno, IoResult, Node};
+use export::fuse::{AllowOther, FuseDriver, Mounts};
 use export::nbd::{NbdDriver, NbdServer, NbdServerParams};
 use export::vhost_user_blk::VhostUserBlkDriver;
 use export::{Export, ExportDriver, ExportParams, Resize, Resized};
@@ -14,18 +15,18 @@ use io::socket;
 use qapi::types::export::{
     BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOptions,
     BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportType, BlockExportVariant,
-    NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove, NbdServerStop, QueryBlockExports,
+    FuseExportAllowOther, NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove,
+    NbdServerStop, QueryBlockExports,
 };
 use qapi::{Error, Result, Variants};
-use std::future::poll_fn;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
 struct Entry {
     export: Arc<dyn Export>,
+    /// Told when it is gone.
+    waiting: Vec<oneshot::Sender<()>>,
     ty: BlockExportType,
     disk: Disk,
     node_name: String,
@@ -55,11 +56,12 @@ impl Resize for Resizer {
     }
 }
 
-/// All exports, oldest first, and the NBD server.
+/// All exports, oldest first, and what those of one kind share.
 #[derive(Default)]
 pub(super) struct Exports {
     list: Vec<Entry>,
     nbd: Option<NbdServer>,
+    fuse_mounts: Mounts,
 }
 
 impl Exports {
@@ -77,20 +79,27 @@ impl Exports {
                 allocation_depth: nbd.allocation_depth,
             })),
             BlockExportVariant::VhostUserBlk(options) => Ok(Box::new(VhostUserBlkDriver { options })),
-            BlockExportVariant::Fuse(_) => Err(Error::generic("FUSE exports are not supported yet")),
+            BlockExportVariant::Fuse(fuse) => Ok(Box::new(FuseDriver {
+                mountpoint: fuse.mountpoint.clone(),
+                growable: fuse.growable,
+                allow_other: match fuse.allow_other {
+                    FuseExportAllowOther::Off => AllowOther::Off,
+                    FuseExportAllowOther::On => AllowOther::On,
+                    FuseExportAllowOther::Auto => AllowOther::Auto,
+                },
+                mounts: self.fuse_mounts.clone(),
+            })),
         }
     }
 
     fn find(&self, id: &str) -> Result<&Entry> {
         let found = self.list.iter().find(|entry| entry.export.id() == id);
-        found.ok_or_else(|| Error::generic(format!("Export '{id}' is not found")))
+        found.ok_or_else(|| not_found(id))
     }
 }
 
-/// Whether the export has closed already.
-async fn has_closed(export: &dyn Export) -> bool {
-    let mut closed = pin!(export.closed());
-    poll_fn(|cx| Poll::Ready(closed.as_mut().poll(cx).is_ready())).await
+fn not_found(id: &str) -> Error {
+    Error::generic(format!("Export '{id}' is not found"))
 }
 
 impl Control {
@@ -163,7 +172,7 @@ impl Control {
             Ok(export) => {
                 self.watch(&*export);
                 let (ty, node_name) = (options.export.tag(), node.name().to_owned());
-                self.exports.list.push(Entry { export, ty, disk, node_name });
+                self.exports.list.push(Entry { export, waiting: Vec::new(), ty, disk, node_name });
                 Ok(())
             }
             Err(error) => {
@@ -197,21 +206,35 @@ impl Control {
         });
     }
 
-    pub(super) async fn block_export_del(&mut self, args: BlockExportDel) -> Result<()> {
-        let entry = self.exports.find(&args.id)?;
+    /// Asks an export to close. The result waits until it is gone if nobody is known to use it, so that its event comes before
+    /// the reply; clients that have to leave first are not waited for.
+    pub(super) fn block_export_del(
+        &mut self,
+        args: BlockExportDel,
+    ) -> Result<impl Future<Output = Result<()>> + use<>> {
+        let entry = self.exports.list.iter_mut().find(|entry| entry.export.id() == args.id);
+        let entry = entry.ok_or_else(|| not_found(&args.id))?;
         if entry.export.is_shutting_down() {
             return Err(Error::generic(format!("Export '{}' is already shutting down", args.id)));
         }
-        if args.mode == BlockExportRemoveMode::Safe && entry.export.clients() > 0 {
+        let used = entry.export.clients() > 0;
+        if args.mode == BlockExportRemoveMode::Safe && used {
             let hint = "Use mode='hard' to force client disconnect";
             return Err(Error::generic(format!("export '{}' still in use", args.id)).with_hint(hint));
         }
         entry.export.request_shutdown();
-        // Without clients it is gone at once, and so is its event before the reply.
-        if has_closed(&*Arc::clone(&entry.export)).await {
-            self.export_closed(&args.id).await;
-        }
-        Ok(())
+        let gone = (!used).then(|| {
+            let (tell, gone) = oneshot::channel();
+            entry.waiting.push(tell);
+            gone
+        });
+        Ok(async move {
+            if let Some(gone) = gone {
+                // An error says that the daemon ends, and with it every export.
+                let _ = gone.await;
+            }
+            Ok(())
+        })
     }
 
     /// The last step of an export's life; said twice, it does nothing the second time.
@@ -227,6 +250,10 @@ impl Control {
         drop(entry.export);
         self.graph.detach(entry.disk).await;
         self.events.emit(&BlockExportDeleted { id: id.to_owned() });
+        for waiting in entry.waiting {
+            // Its monitor may have gone.
+            let _ = waiting.send(());
+        }
     }
 
     /// Sets the length of a node because an export needs it so.
@@ -281,14 +308,16 @@ impl Control {
         .await
     }
 
-    pub(super) async fn nbd_server_remove(&mut self, args: NbdServerRemove) -> Result<()> {
+    pub(super) fn nbd_server_remove(
+        &mut self,
+        args: NbdServerRemove,
+    ) -> Result<impl Future<Output = Result<()>> + use<>> {
         self.exports.nbd()?;
-        self.exports.find(&args.name)?;
-        self.block_export_del(BlockExportDel { id: args.name, mode: args.mode }).await
+        self.block_export_del(BlockExportDel { id: args.name, mode: args.mode })
     }
 }
 
-/// The errno that an operating system's error below `error` has.
+/// The errno that an operating system's error below `error` has; without one, the driver does not want what it was asked.
 fn errno_of(error: &Error) -> Errno {
     let mut source = std::error::Error::source(error);
     while let Some(inner) = source {
@@ -297,5 +326,5 @@ fn errno_of(error: &Error) -> Errno {
         }
         source = inner.source();
     }
-    Errno::EIO
+    Errno::EINVAL
 }

@@ -91,13 +91,13 @@ pub const COMMANDS: &[Row] = commands! {
     XDebugQueryBlockGraph => x_debug_query_block_graph,
     NbdServerOptionsLegacy => nbd_server_start,
     NbdServerAddOptions => nbd_server_add,
-    NbdServerRemove => nbd_server_remove,
     NbdServerStop => nbd_server_stop,
     BlockExportOptions => block_export_add,
-    BlockExportDel => block_export_del,
     QueryBlockExports => query_block_exports,
     QueryPrManagers => query_pr_managers,
     ; beside
+    NbdServerRemove => nbd_server_remove,
+    BlockExportDel => block_export_del,
     XBlockPrIn => x_block_pr_in,
     XBlockPrOut => x_block_pr_out,
 };

@@ -14,9 +14,9 @@ use super::patience::Patience;
 use super::reply::{self, Origin};
 use super::request::{self, Command, EXTENDED_HEADER, Header, Limits, MAX_STATUS_PAYLOAD, Verdict};
 use super::serve::{Outcome, serve};
-use super::slots::Slots;
 use super::wire::{MAX_EXTENTS, error};
 use crate::Export;
+use crate::slots::Slots;
 use block::Disk;
 use buf::IoBuf;
 use io::{SendQueue, Stream};
@@ -25,7 +25,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 #[cfg(doc)]
-use super::slots::MAX_SLOTS;
+use crate::slots::MAX_SLOTS;
 
 /// The bytes that the requests and replies of one connection may hold: as much as the largest single request.
 const MAX_BYTES: usize = 32 << 20;

@@ -6,7 +6,7 @@
 //! | `wire` | the numbers of the protocol |
 //! | `options`, `negotiate`, `metacontext` | the handshake, without I/O |
 //! | `request`, `reply` | the transmission phase, without I/O |
-//! | `input`, `slots`, `patience` | received bytes, requests in flight, and waiting, of one connection |
+//! | `input`, `patience` | received bytes, and waiting, of one connection |
 //! | `serve` | one request against the disk |
 //! | `connection` | one client |
 //! | `export`, `server` | what clients choose from, and where they come in |
@@ -25,7 +25,6 @@ mod reply;
 mod request;
 mod serve;
 mod server;
-pub(crate) mod slots;
 mod wire;
 
 #[cfg(any(test, fuzzing))]

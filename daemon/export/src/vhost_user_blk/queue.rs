@@ -12,7 +12,7 @@ use super::log::DirtyLog;
 use super::request::{self, Command, ID_LEN, Limits, Request, Status};
 use super::ring::{Broken, Chain, Ring};
 use super::wire::RingAddresses;
-use crate::nbd::slots::Slots;
+use crate::slots::Slots;
 use block::Disk;
 use buf::{GuestMemory, IoBuf};
 use io::{Bell, Doorbell, Look, Watched};

@@ -72,9 +72,10 @@ impl Qcow2 {
     /// Makes `from..to` read as zero, the ends by writing.
     async fn hide(&self, from: u64, to: u64) -> IoResult {
         let unit = self.shape.subcluster();
-        let (first, last) = (from.next_multiple_of(unit).min(to), to.next_multiple_of(unit));
+        // Whole units alone may be zeroed: what is before `from` in its unit stays.
+        let (first, last) = (from.next_multiple_of(unit), to.next_multiple_of(unit));
         if from < first {
-            self.write_guest(from, &IoBuf::zeroed(us(first - from)), WriteFlags::NONE).await?;
+            self.write_guest(from, &IoBuf::zeroed(us(first.min(to) - from)), WriteFlags::NONE).await?;
         }
         if first >= last {
             return Ok(());

@@ -1,6 +1,6 @@
 //! A bounded set of futures in places that are used again and again.
 //!
-//! Each request of a connection is one future. It is polled once where it is started, so that one which need not wait costs
+//! Each request of a connection, or of a thread of a FUSE export, is one future. It is polled once where it is started, so that one which need not wait costs
 //! no task and no allocation; one that waits stays in its place until it is done. A place has its own waker, so that only
 //! what can make progress is polled. The set belongs to one task; it never drops a future that is not done, except
 //! when the whole task is dropped.

@@ -1,0 +1,322 @@
+//! [`FuseExport`]: mounting, the threads, and the end.
+//!
+//! The end has an order: the file system is unmounted while the threads still serve, because the kernel writes back then what
+//! programs left in shared mappings; then the threads stop reading and finish what they read; with the last descriptor the
+//! connection ends, and whoever still has the file open gets `ENOTCONN`. One task of the control thread sees to it.
+
+use super::file::{File, FileOptions};
+use super::mounts::{Mounts, Place};
+use super::reply::Reply;
+use super::session::{self, End};
+use super::wire::MAX_TRANSFER;
+use crate::{Closed, Export, ExportDriver, ExportParams};
+use block::driver::LocalFuture;
+use block::perm::Bits;
+use block::{Disk, Perms};
+use io::{FuseDevice, IoThread};
+use nix::unistd::{Gid, Uid};
+use qapi::{Error, Result};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// How a mount point says that it is a descriptor instead.
+const PASSED: &str = "/dev/fd/";
+
+/// Who may use an export besides the user that runs the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AllowOther {
+    /// Nobody.
+    Off,
+    /// Everybody whom mode and owner allow.
+    On,
+    /// As `On`, and as `Off` where that is refused.
+    Auto,
+}
+
+/// Starts FUSE exports.
+#[derive(Debug)]
+pub struct FuseDriver {
+    /// The regular file to mount on, or `/dev/fd/N`: descriptor N is `/dev/fuse`, mounted by somebody else.
+    pub mountpoint: String,
+    /// Writes beyond the end make the file longer.
+    pub growable: bool,
+    /// Who may use it.
+    pub allow_other: AllowOther,
+    /// Where other exports are.
+    pub mounts: Mounts,
+}
+
+impl ExportDriver for FuseDriver {
+    fn permissions(&self, writable: bool) -> Perms {
+        // Whoever may write may truncate.
+        let need = if writable { Bits::WRITE | Bits::RESIZE } else { Bits::default() };
+        Perms { need: Bits::CONSISTENT_READ | need, shared: Bits::ALL }
+    }
+
+    fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>> {
+        Box::pin(async move { self.open(params).await.map(|export| export as Arc<dyn Export>) })
+    }
+}
+
+/// A mounted device.
+struct Mounted {
+    device: OwnedFd,
+    /// Where it is to be unmounted in the end, none if that is somebody else's affair.
+    place: Option<Place>,
+    /// Others than the daemon's user can reach it.
+    shared: bool,
+}
+
+impl FuseDriver {
+    async fn open(&self, params: ExportParams) -> Result<Arc<FuseExport>> {
+        let threads = params.serving_threads()?;
+        let mounted = match self.mountpoint.strip_prefix(PASSED) {
+            Some(number) => self.take_passed(number)?,
+            None => self.mount(params.writable).await?,
+        };
+        let closing = watch::Sender::new(false);
+        let file = File::new(FileOptions {
+            disk: params.disk.clone(),
+            writable: params.writable,
+            growable: self.growable,
+            shared: mounted.shared,
+            resize: params.resize,
+            closing: closing.subscribe(),
+            owner: (Uid::current().as_raw(), Gid::current().as_raw()),
+        });
+        let export = Arc::new(FuseExport { id: params.id, disk: params.disk, closing, running: watch::Sender::new(0) });
+        match export.serve(mounted, Arc::new(file), &threads).await {
+            Ok(()) => Ok(export),
+            Err(error) => {
+                export.request_shutdown();
+                export.closed().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn take_passed(&self, number: &str) -> Result<Mounted> {
+        let failed = |error| Error::io(format!("Cannot use '{}' for a FUSE export", self.mountpoint), error);
+        let number = number.parse().map_err(|_| failed(std::io::Error::other("it ends with no number")))?;
+        let device = FuseDevice::passed(number).map_err(failed)?;
+        // Whoever mounted it has said who may use it; what it does not allow, the kernel does not let through.
+        Ok(Mounted { device, place: None, shared: self.allow_other != AllowOther::Off })
+    }
+
+    async fn mount(&self, writable: bool) -> Result<Mounted> {
+        let path = self.mountpoint.clone();
+        let found = io::blocking(move || look_at(&path)).await;
+        let path = found.map_err(|error| Error::io("cannot start a thread", error))??;
+        let Some(place) = self.mounts.take(&path) else {
+            return Err(Error::generic(format!("There already is a FUSE export on '{}'", self.mountpoint)));
+        };
+        let attempts: &[bool] = match self.allow_other {
+            AllowOther::Off => &[false],
+            AllowOther::On => &[true],
+            AllowOther::Auto => &[true, false],
+        };
+        let mut last = None;
+        for &shared in attempts {
+            let (path, options) = (path.clone(), mount_options(writable, shared));
+            let mounted = io::blocking(move || io::mounter::mount(&path, &options)).await;
+            match mounted.and_then(std::convert::identity) {
+                Ok(device) => return Ok(Mounted { device, place: Some(place), shared }),
+                Err(error) => last = Some(error),
+            }
+        }
+        let text = "Failed to mount FUSE session to export";
+        Err(last.map_or_else(|| Error::generic(text), |error| Error::io(text, error)))
+    }
+}
+
+/// The mount point, absolute and without links, if it is a regular file.
+fn look_at(given: &str) -> Result<PathBuf> {
+    let failed = |error| Error::io(format!("Failed to stat '{given}'"), error);
+    let path = Path::new(given);
+    // Not the file itself, which may be one of ours: only its folder.
+    let real = match (path.parent(), path.file_name()) {
+        (Some(folder), Some(name)) if !is_link(path) => {
+            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+            std::fs::canonicalize(folder).map_err(failed)?.join(name)
+        }
+        _ => std::fs::canonicalize(path).map_err(failed)?,
+    };
+    if !std::fs::metadata(&real).map_err(failed)?.is_file() {
+        return Err(Error::generic(format!("'{given}' is not a regular file")));
+    }
+    Ok(real)
+}
+
+fn is_link(path: &Path) -> bool {
+    std::fs::read_link(path).is_ok()
+}
+
+fn mount_options(writable: bool, shared: bool) -> String {
+    let access = if writable { "rw" } else { "ro" };
+    let other = if shared { ",allow_other" } else { "" };
+    format!("{access},nosuid,nodev,noatime,default_permissions,max_read={MAX_TRANSFER}{other}")
+}
+
+/// A file that shows a disk. Made by [`FuseDriver`].
+#[derive(Debug)]
+pub struct FuseExport {
+    id: String,
+    disk: Disk,
+    closing: watch::Sender<bool>,
+    /// The tasks that are not done: one a thread, and the one that ends them.
+    running: watch::Sender<usize>,
+}
+
+/// Counts a task of an export for as long as it lives.
+struct Task(Arc<FuseExport>);
+
+impl Task {
+    fn new(export: &Arc<FuseExport>) -> Self {
+        export.running.send_modify(|n| *n += 1);
+        Self(Arc::clone(export))
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.running.send_modify(|n| *n = n.saturating_sub(1));
+    }
+}
+
+impl FuseExport {
+    /// Starts the threads and the task that ends them.
+    async fn serve(self: &Arc<Self>, mounted: Mounted, file: Arc<File>, threads: &[Arc<IoThread>]) -> Result<()> {
+        let Mounted { device, place, .. } = mounted;
+        let (stop, stopping) = watch::channel(false);
+        let (resized, look) = watch::channel(());
+        let own = device.try_clone().map_err(|error| Error::io("Cannot duplicate the FUSE device", error))?;
+        // From here on the end is that task's, also after an error below.
+        let ended = watch::Sender::new(End::Stopped);
+        let task = Task::new(self);
+        let end = Ending { device: own, place, stop, look, ended: ended.subscribe() };
+        tokio::task::spawn_local(async move { end.run(task).await });
+        self.disk.on_resize(Box::new(move |_| {
+            let _ = resized.send(());
+        }));
+        let others = threads.len().saturating_sub(1);
+        let devices = io::blocking(move || {
+            let clones: std::io::Result<Vec<OwnedFd>> =
+                (0..others).map(|_| FuseDevice::clone_of(device.as_fd())).collect();
+            clones.map(|mut all| {
+                all.push(device);
+                all
+            })
+        })
+        .await
+        .and_then(std::convert::identity)
+        .map_err(|error| Error::io("Cannot share the FUSE device between threads", error))?;
+        for (thread, device) in threads.iter().zip(devices) {
+            let (task, file) = (Task::new(self), Arc::clone(&file));
+            let (stopping, ended) = (stopping.clone(), ended.clone());
+            let started = thread.spawn(move || async move {
+                match FuseDevice::new(device) {
+                    Ok(device) => {
+                        let end = session::run(device, file, stopping).await;
+                        task.0.ended(end, &ended);
+                    }
+                    Err(error) => {
+                        tracing::warn!(target: "fuse_error", %error, "a thread cannot serve a FUSE export");
+                    }
+                }
+            });
+            started.map_err(|error| Error::generic(format!("cannot use the I/O thread: {error}")))?;
+        }
+        Ok(())
+    }
+
+    /// A thread does not read any more: without its having been told to, the export ends.
+    fn ended(&self, end: End, reason: &watch::Sender<End>) {
+        if end != End::Stopped && !self.is_shutting_down() {
+            tracing::warn!(target: "fuse_ended", export = self.id, reason = ?end, "the mount of a FUSE export has gone");
+            reason.send_replace(end);
+            self.request_shutdown();
+        }
+    }
+}
+
+/// What the end of an export takes.
+struct Ending {
+    /// Another descriptor of the first thread's device.
+    device: OwnedFd,
+    place: Option<Place>,
+    stop: watch::Sender<bool>,
+    /// The length of the disk has changed.
+    look: watch::Receiver<()>,
+    /// Why the threads have ended.
+    ended: watch::Receiver<End>,
+}
+
+impl Ending {
+    /// Tells the kernel of changes until the export is to end, and ends it then.
+    async fn run(mut self, task: Task) {
+        let mut closing = task.0.closing.subscribe();
+        loop {
+            tokio::select! {
+                biased;
+                _ = closing.wait_for(|closing| *closing) => break,
+                Ok(()) = self.look.changed() => {
+                    // A kernel that does not take it asks by itself after a while.
+                    let _ = FuseDevice::notify(self.device.as_fd(), Reply::attributes_changed().bytes());
+                }
+            }
+        }
+        let unmounted = *self.ended.borrow() == End::Unmounted;
+        if let Some(place) = self.place.as_ref().filter(|_| !unmounted) {
+            let path = place.path().to_owned();
+            let done = io::blocking(move || io::mounter::unmount(&path)).await;
+            if let Err(error) = done.and_then(std::convert::identity) {
+                tracing::warn!(target: "fuse_error", path = %place.path().display(), %error, "cannot unmount a FUSE export");
+            }
+        }
+        self.stop.send_replace(true);
+        drop(self.device);
+        // The place is free when the last descriptor is closed, which is when the other tasks have ended.
+        let mut running = task.0.running.subscribe();
+        let _ = running.wait_for(|running| *running <= 1).await;
+        drop(self.place);
+        drop(task);
+    }
+}
+
+impl Export for FuseExport {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn kind(&self) -> &'static str {
+        "fuse"
+    }
+
+    fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// Nobody is known to use a file: an export is removed under those who have it open, as in the reference.
+    fn clients(&self) -> usize {
+        0
+    }
+
+    fn is_shutting_down(&self) -> bool {
+        *self.closing.borrow()
+    }
+
+    fn request_shutdown(&self) {
+        self.closing.send_replace(true);
+    }
+
+    fn closed(&self) -> Closed {
+        let (mut closing, mut running) = (self.closing.subscribe(), self.running.subscribe());
+        Box::pin(async move {
+            // An error means that the export is gone, with all its tasks.
+            let _ = closing.wait_for(|closing| *closing).await;
+            let _ = running.wait_for(|running| *running == 0).await;
+        })
+    }
+}

@@ -1,0 +1,136 @@
+//! How exports come and go.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tests::{known_defect, skip};
+
+use crate::{MIB, Mounted, is_mounted, raw};
+
+fn is_empty_file(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == 0)
+}
+
+#[test]
+fn every_orderly_end_unmounts() {
+    for signal in [Some(Signal::SIGTERM), Some(Signal::SIGINT), Some(Signal::SIGHUP), None] {
+        let Some(mut mounted) = Mounted::start(raw(MIB), ",writable=on") else { skip!("no FUSE here") };
+        assert!(is_mounted(&mounted.path()));
+        // Somebody still has it open.
+        let file = mounted.open();
+        file.write_all_at(b"kept", 4096).unwrap();
+        match signal {
+            Some(signal) => mounted.daemon.signal(signal),
+            None => drop(mounted.daemon.qmp().execute("quit", json!({}))),
+        }
+        assert!(mounted.daemon.wait().success());
+        assert!(!is_mounted(&mounted.path()) && is_empty_file(&mounted.path()));
+        let error = file.read_at(&mut [0; 10], 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::ENOTCONN as i32));
+        assert!(fs::read(mounted.daemon.path("a.img")).unwrap()[4096..].starts_with(b"kept"));
+    }
+}
+
+#[test]
+fn an_export_is_deleted_while_it_is_open() {
+    for mode in ["safe", "hard"] {
+        let Some(mounted) = Mounted::start(raw(MIB), ",writable=on") else { skip!("no FUSE here") };
+        let file = mounted.open();
+        let mut qmp = mounted.daemon.qmp();
+        qmp.execute("block-export-del", json!({"id": "e", "mode": mode})).unwrap();
+        assert_eq!(qmp.event("BLOCK_EXPORT_DELETED")["id"], "e");
+        assert!(!is_mounted(&mounted.path()), "with the reply it is gone");
+        let error = file.read_at(&mut [0; 10], 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::ENOTCONN as i32));
+        assert_eq!(qmp.execute("query-block-exports", json!({})).unwrap(), json!([]));
+        // The place and the node are free again.
+        let again = json!({"type": "fuse", "id": "e", "node-name": "f", "mountpoint": "mnt"});
+        qmp.execute("block-export-add", again).unwrap();
+        assert_eq!(fs::metadata(mounted.path()).unwrap().len(), MIB);
+        qmp.execute("block-export-del", json!({"id": "e"})).unwrap();
+        qmp.execute("blockdev-del", json!({"node-name": "f"})).unwrap();
+    }
+}
+
+#[test]
+fn a_killed_daemon_leaves_a_mount_that_says_so() {
+    let Some(mut mounted) = Mounted::start(raw(MIB), "") else { skip!("no FUSE here") };
+    let mut file = File::open(mounted.path()).unwrap();
+    mounted.daemon.crash();
+    for error in [file.read(&mut [0; 10]).unwrap_err(), File::open(mounted.path()).unwrap_err()] {
+        assert!(
+            matches!(error.raw_os_error(), Some(libc) if libc == Errno::ENOTCONN as i32
+            || libc == Errno::ECONNABORTED as i32),
+            "{error}"
+        );
+    }
+    umount2(&mounted.path(), MntFlags::MNT_DETACH).unwrap();
+    assert!(is_empty_file(&mounted.path()));
+}
+
+#[test]
+fn an_export_that_somebody_else_unmounts_ends() {
+    let Some(mut mounted) = Mounted::start(raw(MIB), "") else { skip!("no FUSE here") };
+    if known_defect("an export whose mount has gone stays, and nobody can use it") {
+        return;
+    }
+    let mut qmp = mounted.daemon.qmp();
+    umount2(&mounted.path(), MntFlags::empty()).unwrap();
+    assert_eq!(qmp.event("BLOCK_EXPORT_DELETED")["id"], "e");
+    assert_eq!(qmp.execute("query-block-exports", json!({})).unwrap(), json!([]));
+    assert!(mounted.daemon.alive());
+    drop(qmp);
+    mounted.daemon.stop();
+}
+
+#[test]
+fn an_image_is_exported_over_itself() {
+    let Some(mounted) = Mounted::start(raw(MIB), "") else { skip!("no FUSE here") };
+    let mut qmp = mounted.daemon.qmp();
+    let over = json!({"type": "fuse", "id": "o", "node-name": "f", "mountpoint": "a.img", "writable": true});
+    qmp.execute("block-export-add", over).unwrap();
+    let image = mounted.daemon.path("a.img");
+    assert!(is_mounted(&image));
+    let file = fs::OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    file.write_all_at(b"through", 100).unwrap();
+    drop(file);
+    assert!(fs::read(mounted.path()).unwrap()[100..].starts_with(b"through"));
+    qmp.execute("block-export-del", json!({"id": "o"})).unwrap();
+    assert!(!is_mounted(&image));
+    assert!(fs::read(&image).unwrap()[100..].starts_with(b"through"));
+}
+
+#[test]
+fn nodes_change_under_requests() {
+    let Some(mounted) = Mounted::start(raw(MIB), ",writable=on") else { skip!("no FUSE here") };
+    let file = mounted.open();
+    let going = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let worker = {
+        let going = std::sync::Arc::clone(&going);
+        std::thread::spawn(move || {
+            let mut round = 0u64;
+            while going.load(std::sync::atomic::Ordering::SeqCst) {
+                let at = round % 200 * 4096;
+                file.write_all_at(&round.to_le_bytes(), at).unwrap();
+                let mut got = [0; 8];
+                file.read_exact_at(&mut got, at).unwrap();
+                assert_eq!(u64::from_le_bytes(got), round);
+                round += 1;
+            }
+            round
+        })
+    };
+    let mut qmp = mounted.daemon.qmp();
+    for round in 0..50 {
+        let size = MIB + (round % 7) * 65536;
+        qmp.execute("block_resize", json!({"node-name": "f", "size": size})).unwrap();
+    }
+    going.store(false, std::sync::atomic::Ordering::SeqCst);
+    assert!(worker.join().unwrap() > 0);
+}
