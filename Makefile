@@ -49,6 +49,7 @@ fuzz: ## Fuzz each parser of foreign bytes for FUZZ_SECONDS
 
 docs: ## Make the manual pages, the QMP reference, the code's reference, and the book where mdbook is installed
 	UPDATE_DOCS=1 $(CARGO) test -p qemu-storage-daemon docs
+	UPDATE_DOCS=1 $(CARGO) test -p qemu-pr-helper --test docs
 	$(CARGO) doc --workspace --no-deps --document-private-items
 	@if command -v mdbook >/dev/null; then mdbook build docs/book; \
 	else echo "mdbook is not installed: read the book as it is, from docs/book/src/SUMMARY.md"; fi

@@ -3,7 +3,9 @@
 //! They are committed so that they can be read without a build. The tests fail when a document is not what the code says;
 //! `make docs` (which sets `UPDATE_DOCS=1`) writes them anew.
 
-use crate::{cli, control};
+mod manual;
+
+use crate::control;
 use qapi::schema::{Schema, compare};
 use qapi::{Value, manual::Manual};
 use std::io::Write;
@@ -28,9 +30,7 @@ fn schema() -> Schema {
 
 #[test]
 fn the_manual_page_is_current() {
-    let mut page = Vec::new();
-    clap_mangen::Man::new(cli::command()).manual("Storage suite").render(&mut page).unwrap();
-    document("man/qemu-storage-daemon.1", &String::from_utf8(page).unwrap());
+    document("man/qemu-storage-daemon.1", &manual::page());
 }
 
 #[test]

@@ -44,7 +44,10 @@ impl PidFile {
             }
             file.set_len(0).map_err(|error| Error::io("Cannot truncate pid file", error))?;
             writeln!(file, "{}", std::process::id()).map_err(|error| Error::io("Failed to write pid file", error))?;
-            return Ok(Self { path: path.to_owned(), _file: file });
+            // A process that goes to the background goes to another folder.
+            let path =
+                std::path::absolute(path).map_err(|error| Error::io("Failed to resolve pid file path", error))?;
+            return Ok(Self { path, _file: file });
         }
     }
 }

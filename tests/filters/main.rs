@@ -3,6 +3,7 @@
 
 mod blkdebug;
 mod fault;
+mod leaks;
 mod log;
 mod quorum;
 mod space;

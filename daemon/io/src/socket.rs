@@ -92,7 +92,9 @@ pub(crate) struct BoundPath {
 impl BoundPath {
     fn of(path: &Path) -> Option<Self> {
         let found = fs::symlink_metadata(path).ok()?;
-        Some(Self { path: path.to_owned(), device: found.dev(), inode: found.ino() })
+        // A process that goes to the background goes to another folder.
+        let path = std::path::absolute(path).ok()?;
+        Some(Self { path, device: found.dev(), inode: found.ino() })
     }
 }
 
