@@ -7,6 +7,8 @@
 //! 4. A barrier: what is not named any more in memory is not named in the image either. Those clusters may be reused, once
 //!    the requests are over that found them before: only now their counts fall.
 //!
+//! With lazy refcounts step 1 waits until the image is closed; meanwhile the image is marked as dirty.
+//!
 //! What is written are copies that are taken in the opposite order of the dependencies (unlinked clusters, L1, L2,
 //! refcounts), so that nothing in a copy refers to something that a later copy lacks. Requests go on meanwhile and make
 //! things dirty again. A block counts as written only after the last barrier; after a failure everything is tried again.
@@ -125,7 +127,14 @@ impl Qcow2 {
     }
 
     async fn write_copies(&self, l1: &[(u64, u64, Vec<u8>)], l2: &[Copy]) -> IoResult {
-        self.write_refcounts().await?;
+        if self.lazy.load(Ordering::Relaxed) {
+            if !self.refs_are_clean() {
+                self.mark_dirty().await?;
+            }
+            self.barrier().await?;
+        } else {
+            self.write_refcounts().await?;
+        }
         if l2.is_empty() && l1.is_empty() {
             return Ok(());
         }
@@ -141,6 +150,24 @@ impl Qcow2 {
             write_all(&self.file, l1.iter().map(|(_, at, bytes)| (*at, &bytes[..]))).await?;
         }
         self.file.flush().await
+    }
+
+    /// From here on refcounts in the image may be too low [qcow2 §Header, dirty bit]. The caller has the turn.
+    async fn mark_dirty(&self) -> IoResult {
+        if self.header_now().incompatible & header::DIRTY != 0 {
+            return Ok(());
+        }
+        self.set_header(|header| header.incompatible |= header::DIRTY).await
+    }
+
+    /// Writes refcounts that were put off, upon which the image is dirty no more.
+    pub(super) async fn write_lazy(&self) -> IoResult {
+        let _turn = self.turn.lock().await;
+        if self.header_now().incompatible & header::DIRTY == 0 {
+            return Ok(());
+        }
+        self.write_refcounts().await?;
+        self.set_header(|header| header.incompatible &= !header::DIRTY).await
     }
 
     /// Steps 1 and 2.
@@ -283,9 +310,13 @@ impl Qcow2 {
             }
             // A failure cannot be told to anybody here; the node has been flushed before, and that could be.
             if self.write_out().await.is_err() {
-                break;
+                return;
             }
         }
+        // Without this they stay marked as inconsistent, which is then what they are.
+        let _ = self.store_bitmaps().await;
+        // And without this the image stays dirty.
+        let _ = self.write_lazy().await;
     }
 }
 

@@ -31,6 +31,8 @@ pub const COMPRESSION: u64 = 1 << 3;
 pub const EXTENDED_L2: u64 = 1 << 4;
 /// The incompatible features that are understood.
 pub const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
+/// Compatible feature: refcounts need not be written before the image is closed.
+pub const LAZY_REFCOUNTS: u64 = 1;
 /// Autoclear feature: the bitmaps extension is valid.
 pub const BITMAPS: u64 = 1;
 /// Autoclear feature: the external data file is the guest's disk as it is.

@@ -3,6 +3,7 @@
 //! All state is shared by all threads. Locks guard memory only and are never held across I/O. Requests on the same
 //! clusters that change the mapping are serialised by a reservation; those that write where data already is are not.
 
+use super::bitmap::Recorder;
 use super::bytes::{be64, put64, u64_of, us};
 use super::cache::{Block, Cache};
 use super::damage::Damage;
@@ -75,6 +76,8 @@ pub struct Qcow2 {
     pub(super) raw_data: bool,
     pub(super) read_only: AtomicBool,
     pub(super) pass_discard: PassDiscard,
+    /// Refcounts are written when the image is closed.
+    pub(super) lazy: AtomicBool,
     /// Length of the guest's disk.
     pub(super) size: AtomicU64,
     /// Guards the L1 table; never across an await.
@@ -99,6 +102,7 @@ pub struct Qcow2 {
     pub(super) flushes: AtomicU64,
     /// Done once, before the first change.
     pub(super) prepared: OnceCell<()>,
+    pub(super) bitmaps: Recorder,
     pub(super) guard: Guard,
     pub(super) damage: Damage,
 }

@@ -11,7 +11,8 @@
 //! | `read`, `compress`, `unpacked` | reading |
 //! | `write`, `packed`, `zero`, `resize` | changing |
 //! | `flush` | what is written in which order |
-//! | `snapshot`, `bitmap` | internal snapshots and bitmaps, kept |
+//! | `snapshot` | internal snapshots, kept |
+//! | `bitmap` | bitmaps of the image, which record writes |
 //! | `guard`, `damage` | what is not overwritten, and what becomes of a damaged image |
 //! | `check`, `repair` | checking and repairing |
 //! | `open`, `driver` | the image in the graph |

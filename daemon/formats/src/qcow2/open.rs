@@ -1,5 +1,6 @@
 //! Opening an image: its header and tables are checked, its files found.
 
+use super::bitmap::Recorder;
 use super::bytes::us;
 use super::cache::Cache;
 use super::damage::Damage;
@@ -9,8 +10,8 @@ use super::guard::{Guard, Kinds};
 use super::header::{self, Header};
 use super::image::{L1, PassDiscard, Qcow2};
 use super::refcount::Refcounts;
+use super::snapshot;
 use super::unpacked::Unpacked;
-use super::{bitmap, snapshot};
 use crate::Workers;
 use block::{Edge, OpenContext, Role};
 use buf::IoBuf;
@@ -44,9 +45,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
     let table = read_table(&file, "reference count table", header.reftable_at, header.reftable_bytes()).await?;
     let refs = Refcounts::new(header.cluster_bits, header.refcount_order, header.reftable_at, &table, caches.refcounts);
     snapshot::check_table(&file, header).await?;
-    if let Some(bitmaps) = &extensions.bitmaps {
-        bitmap::check(&file, header, bitmaps, read_only).await?;
-    }
+    let bitmaps = Recorder::read(&file, header, extensions.bitmaps.as_ref()).await?;
     let data_file = data_file(cx, options, &start, &file).await?;
     let backing = backing(cx, options, &start, &file).await?;
     let shape = Shape {
@@ -59,6 +58,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         shape,
         raw_data: header.autoclear & header::RAW_DATA_FILE != 0,
         read_only: read_only.into(),
+        lazy: lazy_refcounts(options, header)?.into(),
         pass_discard: PassDiscard {
             request: options.pass_discard_request.unwrap_or(true),
             other: options.pass_discard_other.unwrap_or(false),
@@ -79,6 +79,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         turn: tokio::sync::Mutex::default(),
         flushes: AtomicU64::new(0),
         prepared: tokio::sync::OnceCell::new(),
+        bitmaps,
         guard: Guard::new(Kinds::chosen(options.overlap_check.as_ref())),
         damage: Damage::new(cx.reporter(), cx.node_name()),
         header: start.header.into(),
@@ -91,6 +92,17 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
     let read = image.guard_anew().await;
     read.map_err(|errno| Error::io("Could not read the snapshots' tables", errno.into()))?;
     Ok(image)
+}
+
+/// Whether refcounts are written late.
+fn lazy_refcounts(options: &BlockdevOptionsQcow2, header: &Header) -> Result<bool> {
+    match options.lazy_refcounts {
+        Some(true) if header.version < 3 => {
+            Err(Error::generic("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"))
+        }
+        Some(lazy) => Ok(lazy),
+        None => Ok(header.compatible & header::LAZY_REFCOUNTS != 0),
+    }
 }
 
 async fn read_table(file: &Edge, what: &str, at: u64, len: u64) -> Result<Vec<u8>> {

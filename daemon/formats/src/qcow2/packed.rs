@@ -35,6 +35,7 @@ impl Qcow2 {
 
     async fn write_one_packed(&self, at: u64, packed: &[u8]) -> IoResult {
         self.prepare().await?;
+        self.record(Span::new(at, self.shape.cluster().min(self.length_now() - at))).await?;
         let inside = self.epochs.enter();
         let held = self.busy.reserve(Span::new(at, self.shape.cluster()), true).await;
         self.own_table(at).await?;

@@ -186,6 +186,15 @@ impl Refcounts {
         Ok(count == 1)
     }
 
+    /// The refcount of a cluster.
+    ///
+    /// # Errors
+    /// The errno of the read; `EUCLEAN` for a table that is damaged.
+    pub async fn get(&self, cluster: u64, file: &Edge) -> IoResult<u64> {
+        let block = self.load(cluster / self.per_block(), file).await?;
+        Ok(block.map_or(0, |block| block.look(|bytes| self.read(bytes, cluster % self.per_block()))))
+    }
+
     /// Makes a block for the clusters from `index * per_block`, none of which has one: it takes the first of them.
     fn new_block(&self, table: &mut Table, index: u64) -> IoResult {
         let first = index * self.per_block();

@@ -61,6 +61,7 @@ impl Qcow2 {
                 break;
             }
         }
+        self.write_lazy().await?;
         self.file.flush().await
     }
 

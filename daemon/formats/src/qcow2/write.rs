@@ -48,6 +48,7 @@ impl Qcow2 {
     /// Writes `buf` at `at`. With FUA what goes over data that is there already is stable afterwards; the rest is not.
     pub(super) async fn write_guest(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
         self.prepare().await?;
+        self.record(Span::new(at, u64_of(buf.len()))).await?;
         let inside = self.epochs.enter();
         let mut done = 0;
         while done < buf.len() {
@@ -405,11 +406,15 @@ impl Qcow2 {
         }
     }
 
-    /// Whether nothing of the metadata is waiting to be written.
+    /// Whether no refcount is waiting to be written.
+    pub(super) fn refs_are_clean(&self) -> bool {
+        self.refs.blocks.dirty() == 0 && !self.refs.is_table_dirty()
+    }
+
+    /// Whether nothing of the metadata is waiting to be written that a flush has to write.
     pub(super) fn is_clean(&self) -> bool {
         self.l2.dirty() == 0
-            && self.refs.blocks.dirty() == 0
-            && !self.refs.is_table_dirty()
+            && (self.lazy.load(Ordering::Relaxed) || self.refs_are_clean())
             && self.l1.read().unwrap_or_else(std::sync::PoisonError::into_inner).dirty.is_empty()
     }
 }

@@ -12,6 +12,7 @@ impl Qcow2 {
             return Err(Errno::ENOTSUP);
         }
         self.prepare().await?;
+        self.record(span).await?;
         if self.raw_data {
             self.data().zero(span, ZeroFlags { fua: false, ..flags }).await?;
         }
@@ -38,6 +39,7 @@ impl Qcow2 {
             return Err(Errno::ENOTSUP);
         }
         self.prepare().await?;
+        self.record(span).await?;
         if self.raw_data {
             let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
             return self.zero_guest(span, flags).await;

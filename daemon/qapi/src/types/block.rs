@@ -214,6 +214,9 @@ pub struct BlockdevOptionsQcow2 {
     /// The node with what the image does not contain; the one that the image names when left out. The image must name its
     /// format then.
     pub backing: Option<BlockdevRefOrNull>,
+    /// Refcounts need not be written by flushes: the image is marked dirty meanwhile, and repaired when it is opened after a
+    /// crash. What the image says when left out.
+    pub lazy_refcounts: Option<bool>,
     /// Discards of the client reach the file below; those that the node passes when left out.
     pub pass_discard_request: Option<bool>,
     /// Clusters that are given up for other reasons are discarded in the file below; false when left out.
@@ -235,6 +238,9 @@ pub struct BlockdevOptionsQcow2 {
     pub l2_cache_entry_size: Option<i64>,
     /// Bytes of refcount blocks in memory at most; four clusters when left out.
     pub refcount_cache_size: Option<i64>,
+    /// Seconds after which tables that nobody uses leave the memory; 0 is never, 600 when left out.
+    #[qapi(since = "2.5")]
+    pub cache_clean_interval: Option<i64>,
     /// The node with the guest's data, for an image that keeps them in another file; the one that it names when left out.
     #[qapi(since = "4.0")]
     pub data_file: Option<BlockdevRef>,
