@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod damage;
+mod info;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 use tests::{Daemon, qmp};
@@ -40,7 +41,7 @@ fn peek(path: &Path, at: u64) -> u64 {
 }
 
 /// Adds the node `q` of an image, and exports it.
-fn serve(daemon: &Daemon, image: &str, extra: &serde_json::Value) -> qmp::Client {
+fn serve(daemon: &Daemon, image: &str, extra: &Value) -> qmp::Client {
     let mut qmp = daemon.qmp();
     let mut node = json!({"driver": "qcow2", "node-name": "q", "file": {"driver": "file", "filename": image}});
     node.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
@@ -48,4 +49,11 @@ fn serve(daemon: &Daemon, image: &str, extra: &serde_json::Value) -> qmp::Client
     qmp.ok("blockdev-add", node);
     qmp.ok("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "q", "name": "q", "writable": writable}));
     qmp
+}
+
+/// The description of a node.
+fn node(qmp: &mut qmp::Client, name: &str) -> Value {
+    let nodes = qmp.ok("query-named-block-nodes", json!({}));
+    let found = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == name);
+    found.unwrap_or_else(|| panic!("no node {name}: {nodes}")).clone()
 }

@@ -1,6 +1,5 @@
 //! The image as a driver of the graph.
 
-use super::header;
 use super::image::Qcow2;
 use block::check::Check;
 use block::driver::Prealloc;
@@ -32,18 +31,7 @@ impl Driver for Qcow2 {
     }
 
     async fn image_info(&self) -> ImageDetails {
-        let header = self.header_now();
-        let named = self.backing_name.clone();
-        ImageDetails {
-            dirty: Some(header.incompatible & header::DIRTY != 0),
-            cluster_size: u32::try_from(header.cluster_size()).ok(),
-            full_backing_filename: named
-                .as_deref()
-                .map(|name| super::open::beside(name, &self.file).unwrap_or_else(|_| name.to_owned())),
-            backing_filename: named,
-            backing_filename_format: self.extensions.backing_format.clone(),
-            ..ImageDetails::default()
-        }
+        self.details().await
     }
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {

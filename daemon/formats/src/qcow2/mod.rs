@@ -15,6 +15,7 @@
 //! | `bitmap` | bitmaps of the image, which record writes |
 //! | `guard`, `damage` | what is not overwritten, and what becomes of a damaged image |
 //! | `check`, `repair` | checking and repairing |
+//! | `info` | what an image says of itself |
 //! | `open`, `driver` | the image in the graph |
 
 mod bitmap;
@@ -31,6 +32,7 @@ mod flush;
 mod guard;
 mod header;
 mod image;
+mod info;
 mod join;
 mod open;
 mod packed;

@@ -131,8 +131,80 @@ pub struct ImageInfoSpecific {
 #[derive(Debug, Clone, PartialEq, Qapi)]
 #[qapi(variants, tag_enum = "ImageInfoSpecificKind")]
 pub enum ImageInfoSpecificVariant {
+    /// A QCOW2 image.
+    Qcow2(Box<ImageInfoSpecificQCow2Wrapper>),
     /// A file.
     File(ImageInfoSpecificFileWrapper),
+}
+
+/// A wrapped description of a QCOW2 image.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+pub struct ImageInfoSpecificQCow2Wrapper {
+    /// The description.
+    pub data: ImageInfoSpecificQCow2,
+}
+
+/// How the clusters of an image are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+#[qapi(since = "5.1")]
+pub enum Qcow2CompressionType {
+    /// Raw deflate.
+    Zlib,
+    /// Zstandard.
+    Zstd,
+}
+
+/// What is said of a bitmap in an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+#[qapi(since = "4.0")]
+pub enum Qcow2BitmapInfoFlags {
+    /// It is being recorded in, or was not stored when the image was last closed, and may lack writes.
+    InUse,
+    /// It records writes.
+    Auto,
+}
+
+/// A bitmap in an image.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "4.0")]
+pub struct Qcow2BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// Bytes of the disk that one bit stands for.
+    pub granularity: u32,
+    /// What is said of it.
+    pub flags: Vec<Qcow2BitmapInfoFlags>,
+}
+
+/// What only QCOW2 images have.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "1.7")]
+pub struct ImageInfoSpecificQCow2 {
+    /// The compatibility level: `0.10` for version 2, `1.1` for version 3.
+    pub compat: String,
+    /// The name of the file with the guest's data, if it is another.
+    #[qapi(since = "4.0")]
+    pub data_file: Option<String>,
+    /// That file is the guest's disk as it is.
+    #[qapi(since = "4.0")]
+    pub data_file_raw: Option<bool>,
+    /// It has subclusters; left out for version 2.
+    #[qapi(since = "5.2")]
+    pub extended_l2: Option<bool>,
+    /// Refcounts may be written late; left out for version 2.
+    pub lazy_refcounts: Option<bool>,
+    /// It is marked as damaged; left out for version 2.
+    #[qapi(since = "2.2")]
+    pub corrupt: Option<bool>,
+    /// The width of a refcount in bits.
+    #[qapi(since = "2.3")]
+    pub refcount_bits: i64,
+    /// Its bitmaps; left out if there are none.
+    #[qapi(since = "4.0")]
+    pub bitmaps: Option<Vec<Qcow2BitmapInfo>>,
+    /// How its clusters are compressed.
+    #[qapi(since = "5.1")]
+    pub compression_type: Qcow2CompressionType,
 }
 
 /// A wrapped description of a file.
