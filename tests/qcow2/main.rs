@@ -3,6 +3,7 @@
 
 mod damage;
 mod info;
+mod options;
 
 use serde_json::{Value, json};
 use std::path::Path;

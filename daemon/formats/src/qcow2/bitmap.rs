@@ -56,10 +56,12 @@ pub(super) struct Bitmap {
     table_len: u32,
 }
 
+type Piece = Box<[u8; PIECE]>;
+
 /// Bits that were set since the image was opened, in pieces.
 #[derive(Debug, Default)]
 struct Record {
-    pieces: BTreeMap<u64, Box<[u8; PIECE]>>,
+    pieces: BTreeMap<u64, Piece>,
     /// Too much to be kept.
     lost: bool,
 }
@@ -278,7 +280,7 @@ impl Qcow2 {
         if u64::from(bitmap.table_len) != needed || bitmap.table_at + len > self.file.size() {
             return Ok(None);
         }
-        let mut chunks: BTreeMap<u64, Vec<(usize, Box<[u8; PIECE]>)>> = BTreeMap::new();
+        let mut chunks: BTreeMap<u64, Vec<(usize, Piece)>> = BTreeMap::new();
         for (piece, bits) in record.pieces {
             let at = piece * u64_of(PIECE);
             chunks.entry(at / cluster).or_default().push((us(at % cluster), bits));

@@ -74,9 +74,9 @@ pub struct Copy {
 #[derive(Debug)]
 pub struct Cache {
     /// Bytes of a block.
-    unit: usize,
+    unit: AtomicUsize,
     /// Blocks to keep.
-    capacity: usize,
+    capacity: AtomicUsize,
     /// Guards the table; never across an await.
     table: RwLock<Table>,
     /// Guards the list of dirty blocks, by their place; never across an await.
@@ -140,13 +140,17 @@ impl Table {
     }
 }
 
+/// Blocks in a cache of `bytes` bytes, two at least.
+fn capacity(bytes: u64, unit: usize) -> usize {
+    usize::try_from(bytes / u64_of(unit).max(1)).unwrap_or(usize::MAX).max(2)
+}
+
 impl Cache {
     /// A cache of `bytes` bytes in blocks of `unit` bytes, two at least.
     pub fn new(bytes: u64, unit: usize) -> Self {
-        let capacity = usize::try_from(bytes / u64_of(unit).max(1)).unwrap_or(usize::MAX).max(2);
         Self {
-            unit,
-            capacity,
+            unit: AtomicUsize::new(unit),
+            capacity: AtomicUsize::new(capacity(bytes, unit)),
             table: RwLock::default(),
             dirty: Mutex::default(),
             dirty_count: AtomicUsize::new(0),
@@ -156,7 +160,38 @@ impl Cache {
 
     /// Bytes of a block.
     pub fn unit(&self) -> usize {
-        self.unit
+        self.unit.load(Ordering::Relaxed)
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    /// Becomes a cache of `bytes` bytes in blocks of `unit` bytes, and empty. Nothing in it is dirty, nobody uses it.
+    pub fn reshape(&self, bytes: u64, unit: usize) {
+        self.clear();
+        self.unit.store(unit, Ordering::Relaxed);
+        self.capacity.store(capacity(bytes, unit), Ordering::Relaxed);
+    }
+
+    /// Takes out what is clean and has not been used since the last call.
+    pub fn clean(&self) {
+        let mut table = self.table_mut();
+        let idle = |block: &&Arc<Block>| block.state.initialized() && !block.used.swap(false, Ordering::Relaxed);
+        let idle: Vec<u64> = table.map.values().filter(idle).map(|block| block.at).collect();
+        for at in idle {
+            table.take_out(at, false);
+        }
+        // Blocks in the round would keep their bytes.
+        let Table { map, round } = &mut *table;
+        round.retain(|block| map.get(&block.at).is_some_and(|there| Arc::ptr_eq(there, block)));
+        map.shrink_to_fit();
+    }
+
+    /// Bytes of metadata in memory.
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        self.table().map.len() * self.unit()
     }
 
     fn table(&self) -> RwLockReadGuard<'_, Table> {
@@ -219,7 +254,7 @@ impl Cache {
         block
             .state
             .get_or_try_init(|| async {
-                let buf = IoBuf::alloc(self.unit);
+                let buf = IoBuf::alloc(self.unit());
                 file.read(at, &buf).await?;
                 Ok(RwLock::new(State { bytes: buf.to_vec(), version: 0, written: 0, gone: false }))
             })
@@ -228,11 +263,11 @@ impl Cache {
     }
 
     fn make_room(&self, table: &mut Table) {
-        if table.map.len() >= self.capacity {
-            if self.dirty() > self.capacity / 2 {
+        if table.map.len() >= self.capacity() {
+            if self.dirty() > self.capacity() / 2 {
                 self.short.store(true, Ordering::Relaxed);
             }
-            table.make_room(self.capacity);
+            table.make_room(self.capacity());
         }
     }
 
@@ -255,7 +290,7 @@ impl Cache {
     /// Forgets all blocks in `range`: the bytes are somebody else's now.
     pub fn forget(&self, range: Range<u64>) {
         let mut table = self.table_mut();
-        for at in range.step_by(self.unit.max(1)) {
+        for at in range.step_by(self.unit().max(1)) {
             self.forget_one(&mut table, at);
         }
     }
@@ -290,12 +325,12 @@ impl Cache {
 
     /// Whether dirty blocks should be written, because others need their room.
     pub fn is_crowded(&self) -> bool {
-        self.short.load(Ordering::Relaxed) && self.dirty() > self.capacity / 2
+        self.short.load(Ordering::Relaxed) && self.dirty() > self.capacity() / 2
     }
 
     /// Whether only dirty blocks are left, so that the cache grows beyond its size.
     pub fn is_full(&self) -> bool {
-        self.is_crowded() && self.dirty() >= self.capacity
+        self.is_crowded() && self.dirty() >= self.capacity()
     }
 
     /// Copies of all dirty blocks, in the order of the file.
@@ -327,5 +362,45 @@ impl Cache {
                 self.unlist(copy.at);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cache_of(blocks: u64) -> Cache {
+        let cache = Cache::new(blocks * 512, 512);
+        for i in 0..100 {
+            cache.put(i * 512, vec![0; 512]);
+            cache.dirty_copies().iter().for_each(|copy| cache.written(copy));
+        }
+        cache
+    }
+
+    #[test]
+    fn memory_is_as_configured() {
+        for blocks in [2, 10, 64] {
+            let cache = cache_of(blocks);
+            assert_eq!(u64_of(cache.bytes()), blocks * 512);
+        }
+    }
+
+    #[test]
+    fn what_nobody_uses_is_cleaned_away() {
+        let cache = cache_of(50);
+        cache.put(0, vec![1; 512]);
+        let all = (0..100).filter(|i| cache.peek(i * 512).is_some()).count();
+        assert_eq!(all, 50);
+        // The first time only takes notice.
+        cache.clean();
+        assert_eq!(cache.bytes(), 50 * 512);
+        let used = cache.peek(99 * 512).unwrap();
+        cache.clean();
+        assert_eq!(cache.bytes(), 2 * 512, "what is used, and what is dirty");
+        assert_eq!(cache.dirty(), 1);
+        drop(used);
+        cache.reshape(4 << 10, 1024);
+        assert_eq!((cache.bytes(), cache.unit()), (0, 1024));
     }
 }

@@ -211,7 +211,7 @@ impl Qcow2 {
             let first = table.at >> self.shape.cluster_bits;
             self.guard.add(Kinds::REFCOUNT_TABLE, first..first + table.clusters);
             self.guard.remove(Kinds::REFCOUNT_TABLE, old.clone());
-            lock(&self.unlinked).push(Free { clusters: old, discard: self.pass_discard.other, table: false });
+            lock(&self.unlinked).push(Free { clusters: old, discard: self.discards().other, table: false });
         }
         self.blocks_written(&blocks);
         Ok(())

@@ -159,6 +159,10 @@ impl Guard {
         Kinds(self.checked.load(Ordering::Relaxed))
     }
 
+    pub fn set_checked(&self, checked: Kinds) {
+        self.checked.store(checked.0, Ordering::Relaxed);
+    }
+
     /// There is metadata in `clusters`.
     pub fn add(&self, kind: Kinds, clusters: Range<u64>) {
         let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
@@ -225,6 +229,11 @@ impl Qcow2 {
 
     /// Finds all metadata, anew. Called when tables have got other places, with nothing in flight.
     pub(super) async fn guard_anew(&self) -> IoResult {
+        self.guard_anew_for(self.guard.checked()).await
+    }
+
+    /// The same, if these kinds are to be checked.
+    pub(super) async fn guard_anew_for(&self, kinds: Kinds) -> IoResult {
         let header = self.header_now();
         let bits = self.shape.cluster_bits;
         let mut places: HashMap<u64, Kinds> = HashMap::new();
@@ -262,7 +271,7 @@ impl Qcow2 {
             }
             add(Kinds::INACTIVE_L1, self.clusters_of(snapshot.at, len));
             inactive += us(len / 8);
-            if self.guard.checked().both(Kinds::INACTIVE_L2).is_empty() || len == 0 || inactive > MAX_INACTIVE {
+            if kinds.both(Kinds::INACTIVE_L2).is_empty() || len == 0 || inactive > MAX_INACTIVE {
                 continue;
             }
             let table = IoBuf::alloc(us(len));

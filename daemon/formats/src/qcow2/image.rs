@@ -6,6 +6,7 @@
 use super::bitmap::Recorder;
 use super::bytes::{be64, put64, u64_of, us};
 use super::cache::{Block, Cache};
+use super::cleaner::Cleaner;
 use super::damage::Damage;
 use super::entry::{COPIED, Entry, Malformed, OFFSET, Place, Shape};
 use super::epoch::Epochs;
@@ -20,7 +21,7 @@ use block::overlap::Overlap;
 use block::{Edge, IoResult};
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::OnceCell;
 
@@ -45,12 +46,25 @@ pub(super) struct Free {
 }
 
 /// What the options make of discards that are passed to the file below.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct PassDiscard {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Discards {
+    /// Those of the client.
     pub request: bool,
+    /// Those of clusters that are given up for other reasons.
     pub other: bool,
     /// A discarded cluster stays where it is.
     pub no_unref: bool,
+}
+
+impl Discards {
+    /// As a number.
+    pub fn bits(self) -> u8 {
+        u8::from(self.request) | u8::from(self.other) << 1 | u8::from(self.no_unref) << 2
+    }
+
+    fn of(bits: u8) -> Self {
+        Self { request: bits & 1 != 0, other: bits & 2 != 0, no_unref: bits & 4 != 0 }
+    }
 }
 
 /// What a flush has to keep in order, see `flush`.
@@ -75,14 +89,16 @@ pub struct Qcow2 {
     pub(super) extensions: Extensions,
     pub(super) raw_data: bool,
     pub(super) read_only: AtomicBool,
-    pub(super) pass_discard: PassDiscard,
+    /// See [`Qcow2::discards`].
+    pub(super) discards: AtomicU8,
     /// Refcounts are written when the image is closed.
     pub(super) lazy: AtomicBool,
     /// Length of the guest's disk.
     pub(super) size: AtomicU64,
     /// Guards the L1 table; never across an await.
     pub(super) l1: RwLock<L1>,
-    pub(super) l2: Cache,
+    pub(super) l2: Arc<Cache>,
+    pub(super) cleaner: Cleaner,
     pub(super) refs: Refcounts,
     pub(super) unpacked: Unpacked,
     /// Where clusters are unpacked.
@@ -144,6 +160,11 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Qcow2 {
+    /// What the options make of discards.
+    pub(super) fn discards(&self) -> Discards {
+        Discards::of(self.discards.load(Ordering::Relaxed))
+    }
+
     /// The file with the guest's data.
     pub(super) fn data(&self) -> &Arc<Edge> {
         self.data_file.as_ref().unwrap_or(&self.file)

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `header`, `extensions` | the first cluster |
 //! | `entry` | L2 entries, standard and extended |
-//! | `cache` | metadata in memory |
+//! | `cache`, `cleaner` | metadata in memory |
 //! | `image` | an open image; guest offset → place |
 //! | `refcount` | host clusters: counted, claimed, released |
 //! | `epoch` | when an unlinked cluster may be reused |
@@ -16,12 +16,14 @@
 //! | `guard`, `damage` | what is not overwritten, and what becomes of a damaged image |
 //! | `check`, `repair` | checking and repairing |
 //! | `info` | what an image says of itself |
+//! | `options` | what can change while an image is open |
 //! | `open`, `driver` | the image in the graph |
 
 mod bitmap;
 mod bytes;
 mod cache;
 pub mod check;
+mod cleaner;
 mod compress;
 mod damage;
 mod driver;
@@ -35,6 +37,7 @@ mod image;
 mod info;
 mod join;
 mod open;
+mod options;
 mod packed;
 mod read;
 mod refcount;

@@ -3,12 +3,14 @@
 use super::bitmap::Recorder;
 use super::bytes::us;
 use super::cache::Cache;
+use super::cleaner::Cleaner;
 use super::damage::Damage;
 use super::entry::Shape;
 use super::extensions::Extensions;
-use super::guard::{Guard, Kinds};
+use super::guard::Guard;
 use super::header::{self, Header};
-use super::image::{L1, PassDiscard, Qcow2};
+use super::image::{L1, Qcow2};
+use super::options::Tuning;
 use super::refcount::Refcounts;
 use super::snapshot;
 use super::unpacked::Unpacked;
@@ -22,9 +24,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-/// The reference's limit of L2 tables in memory, in bytes.
-const L2_CACHE: u64 = 32 << 20;
-
 /// Opens the image in `options.file`, and the files that it names. What takes a processor long is left to `workers`.
 ///
 /// # Errors
@@ -35,7 +34,8 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
     let read_only = cx.options.read_only;
     let (header, extensions) = (&start.header, &start.extensions);
     check_features(header, extensions, read_only)?;
-    let caches = Caches::choose(options, header)?;
+    let tuning = Tuning::choose(options, header)?;
+    let caches = &tuning.caches;
     let table = read_table(&file, "L1 table", header.l1_at, u64::from(header.l1_entries) * 8).await?;
     let l1 = L1 {
         entries: table.chunks_exact(8).map(|entry| super::bytes::be64(entry, 0)).collect(),
@@ -54,19 +54,17 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         subclusters: if header.extended_l2() { 32 } else { 1 },
         data_file: data_file.is_some(),
     };
+    let l2 = Arc::new(Cache::new(caches.l2, us(caches.l2_entry)));
     let image = Qcow2 {
         shape,
         raw_data: header.autoclear & header::RAW_DATA_FILE != 0,
         read_only: read_only.into(),
-        lazy: lazy_refcounts(options, header)?.into(),
-        pass_discard: PassDiscard {
-            request: options.pass_discard_request.unwrap_or(true),
-            other: options.pass_discard_other.unwrap_or(false),
-            no_unref: options.discard_no_unref.unwrap_or(false),
-        },
+        lazy: tuning.lazy.into(),
+        discards: tuning.discards.bits().into(),
+        cleaner: Cleaner::start(tuning.clean_interval, [&l2, &refs.blocks]),
         size: AtomicU64::new(header.size),
         l1: l1.into(),
-        l2: Cache::new(caches.l2, us(caches.l2_entry)),
+        l2,
         refs,
         unpacked: Unpacked::new(header.cluster_size()),
         workers,
@@ -80,7 +78,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         flushes: AtomicU64::new(0),
         prepared: tokio::sync::OnceCell::new(),
         bitmaps,
-        guard: Guard::new(Kinds::chosen(options.overlap_check.as_ref())),
+        guard: Guard::new(tuning.checked),
         damage: Damage::new(cx.reporter(), cx.node_name()),
         header: start.header.into(),
         extensions: start.extensions,
@@ -92,17 +90,6 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
     let read = image.guard_anew().await;
     read.map_err(|errno| Error::io("Could not read the snapshots' tables", errno.into()))?;
     Ok(image)
-}
-
-/// Whether refcounts are written late.
-fn lazy_refcounts(options: &BlockdevOptionsQcow2, header: &Header) -> Result<bool> {
-    match options.lazy_refcounts {
-        Some(true) if header.version < 3 => {
-            Err(Error::generic("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"))
-        }
-        Some(lazy) => Ok(lazy),
-        None => Ok(header.compatible & header::LAZY_REFCOUNTS != 0),
-    }
 }
 
 async fn read_table(file: &Edge, what: &str, at: u64, len: u64) -> Result<Vec<u8>> {
@@ -170,53 +157,6 @@ pub(super) fn check_features(header: &Header, extensions: &Extensions, read_only
         return Err(Error::generic("qcow2: Image is corrupt; cannot be opened read/write"));
     }
     Ok(())
-}
-
-/// Sizes of the caches in bytes.
-struct Caches {
-    l2: u64,
-    l2_entry: u64,
-    refcounts: u64,
-}
-
-impl Caches {
-    fn choose(options: &BlockdevOptionsQcow2, header: &Header) -> Result<Self> {
-        let cluster = header.cluster_size();
-        let needed = header.l1_entries_for(header.size).saturating_mul(cluster);
-        let least_refcounts = 4 * cluster;
-        let size = |name: &str, value: Option<i64>| {
-            let refused = |_| Error::generic(format!("Parameter '{name}' expects a size that is not negative"));
-            value.map(u64::try_from).transpose().map_err(refused)
-        };
-        let all = size("cache-size", options.cache_size)?;
-        let l2 = size("l2-cache-size", options.l2_cache_size)?;
-        let refcounts = size("refcount-cache-size", options.refcount_cache_size)?;
-        let (l2, refcounts) = match (all, l2, refcounts) {
-            (Some(_), Some(_), Some(_)) => {
-                return Err(Error::generic(
-                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
-                ));
-            }
-            (Some(all), Some(l2), _) if l2 > all => {
-                return Err(Error::generic("l2-cache-size may not exceed cache-size"));
-            }
-            (Some(all), _, Some(refcounts)) if refcounts > all => {
-                return Err(Error::generic("refcount-cache-size may not exceed cache-size"));
-            }
-            (Some(all), Some(l2), None) => (l2, all - l2),
-            (Some(all), None, Some(refcounts)) => (all - refcounts, refcounts),
-            (Some(all), None, None) if all >= needed.saturating_add(least_refcounts) => (needed, all - needed),
-            (Some(all), None, None) => (all - all.min(least_refcounts), all.min(least_refcounts)),
-            (None, l2, refcounts) => (needed.min(l2.unwrap_or(L2_CACHE)), refcounts.unwrap_or(least_refcounts)),
-        };
-        let l2_entry = size("l2-cache-entry-size", options.l2_cache_entry_size)?.unwrap_or(cluster.min(65536));
-        if !l2_entry.is_power_of_two() || !(512..=cluster).contains(&l2_entry) {
-            return Err(Error::generic(format!(
-                "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
-            )));
-        }
-        Ok(Self { l2, l2_entry, refcounts })
-    }
 }
 
 async fn data_file(

@@ -77,7 +77,7 @@ impl Qcow2 {
         };
         match self.change_slice(at, change).await? {
             Ok(old) => {
-                self.unlink(&[old], self.pass_discard.other);
+                self.unlink(&[old], self.discards().other);
                 Ok(())
             }
             Err(why) => Err(self.malformed(at, why, true)),

@@ -65,7 +65,7 @@ pub struct Refcounts {
     /// Guards the table and serialises allocation. Taken before the lock of a block; never across an await.
     table: Mutex<Table>,
     /// Refcount blocks, each a cluster.
-    pub blocks: Cache,
+    pub blocks: Arc<Cache>,
 }
 
 /// A try at something that needs a block.
@@ -134,7 +134,7 @@ impl Refcounts {
             cluster_bits,
             order,
             table: Mutex::new(Table::read(cluster_bits, at, table)),
-            blocks: Cache::new(cache, 1 << cluster_bits),
+            blocks: Arc::new(Cache::new(cache, 1 << cluster_bits)),
         }
     }
 

@@ -3,10 +3,12 @@
 use super::header;
 use super::image::Qcow2;
 use super::open::check_features;
+use super::options::Tuning;
 use block::driver::LocalFuture;
 use block::perm::Bits;
 use block::reopen::{Backing, NewOptions, Prepared, Reopen};
 use block::{Edge, Errno, Node, Perms, Role};
+use qapi::types::block::BlockdevDriverOptions;
 use qapi::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,11 +17,23 @@ use std::sync::atomic::Ordering;
 struct Waiting<'a> {
     image: &'a Qcow2,
     read_only: bool,
+    tuning: Tuning,
 }
 
 impl Reopen for Qcow2 {
     fn mutable(&self) -> &'static [&'static str] {
-        &[]
+        &[
+            "lazy-refcounts",
+            "pass-discard-request",
+            "pass-discard-other",
+            "discard-no-unref",
+            "overlap-check",
+            "cache-size",
+            "l2-cache-size",
+            "l2-cache-entry-size",
+            "refcount-cache-size",
+            "cache-clean-interval",
+        ]
     }
 
     fn prepare<'a>(&'a self, new: &'a NewOptions<'_>) -> LocalFuture<'a, Result<Box<dyn Prepared + 'a>>> {
@@ -34,7 +48,11 @@ impl Reopen for Qcow2 {
                     ));
                 }
             }
-            let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting { image: self, read_only });
+            let BlockdevDriverOptions::Qcow2(options) = new.driver else {
+                return Err(Error::generic("The options are not those of a qcow2 image"));
+            };
+            let tuning = Tuning::choose(options, &self.header_now())?;
+            let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting { image: self, read_only, tuning });
             Ok(waiting)
         })
     }
@@ -54,11 +72,12 @@ impl Prepared for Waiting<'_> {
                     return Err(Error::io("Could not write the metadata of the image", Errno::EIO.into()));
                 }
             }
-            Ok(())
+            self.image.prepare_tuning(&self.tuning).await
         })
     }
 
     fn commit(self: Box<Self>) {
+        self.image.tune(&self.tuning);
         self.image.read_only.store(self.read_only, Ordering::Release);
     }
 }

@@ -131,7 +131,7 @@ impl Qcow2 {
             l1.at = at;
         }
         self.guard_anew().await?;
-        lock(&self.unlinked).push(Free { clusters: old, discard: self.pass_discard.other, table: false });
+        lock(&self.unlinked).push(Free { clusters: old, discard: self.discards().other, table: false });
         Ok(())
     }
 

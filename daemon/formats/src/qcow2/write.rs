@@ -187,11 +187,7 @@ impl Qcow2 {
         if old & OFFSET != 0 {
             let first = (old & OFFSET) >> self.shape.cluster_bits;
             self.guard.remove(Kinds::ACTIVE_L2, first..first + 1);
-            lock(&self.unlinked).push(Free {
-                clusters: first..first + 1,
-                discard: self.pass_discard.other,
-                table: true,
-            });
+            lock(&self.unlinked).push(Free { clusters: first..first + 1, discard: self.discards().other, table: true });
         }
         Ok(())
     }
@@ -372,7 +368,7 @@ impl Qcow2 {
         };
         self.change_slice(run.bytes.start, change).await?;
         if run.way == Way::Fresh {
-            self.unlink(&run.entries, self.pass_discard.other);
+            self.unlink(&run.entries, self.discards().other);
         }
         Ok(())
     }

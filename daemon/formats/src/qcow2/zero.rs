@@ -50,7 +50,7 @@ impl Qcow2 {
                 return Ok(entry);
             }
             let place = match entry.place {
-                Place::Plain { .. } if self.pass_discard.no_unref && self.shape.version >= 3 => entry.place,
+                Place::Plain { .. } if self.discards().no_unref && self.shape.version >= 3 => entry.place,
                 _ => Place::None,
             };
             let zero = if self.shape.version >= 3 { self.shape.all() } else { 0 };
@@ -77,7 +77,7 @@ impl Qcow2 {
                 self.own_table(at).await?;
                 let change = |slice: &mut Vec<u8>| self.change_entries(slice, at, end, &new);
                 let gone = self.change_slice(at, change).await??;
-                self.unlink(&gone, self.pass_discard.request);
+                self.unlink(&gone, self.discards().request);
             }
             drop(held);
             at = end;
