@@ -4,45 +4,73 @@
 //! once and for ever, and gets one [`Connection`] after the other from it: a device has at most one client at a time, and
 //! others wait in the kernel's queue until it has gone. What is said on a connection is not known here.
 //! [QAPI §Character devices]
+//!
+//! | file | devices |
+//! | --- | --- |
+//! | `socket`, with `telnet` and `websocket` on `framed` | `socket` |
+//! | `files` | `file`, `pipe`, `serial`, `parallel` |
+//! | `stdio`, `pty`, `udp`, `ringbuf` | those |
+//! | `mux`, `hub`, with `queue` between them and what is above | those |
+//! | `permanent` | what those share that have their client from the beginning |
+//! | `registry` | the devices by name: making, changing, removing |
 
 mod connection;
+mod files;
+mod framed;
+mod hub;
+mod log;
+mod mux;
+mod permanent;
+mod pty;
+mod queue;
+mod registry;
+mod ringbuf;
 mod socket;
 mod stdio;
+mod telnet;
+mod transport;
+mod udp;
+mod websocket;
 
-use qapi::types::chardev::{ChardevBackend, ChardevBackendVariant, ChardevInfo, ChardevReturn};
-use qapi::{Error, Result};
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::future::pending;
 use std::rc::Rc;
 
 pub use connection::Connection;
+pub use registry::Chardevs;
 
-/// All character devices.
+/// What a device is connected to, for people, and whether it is. Shared by the device and its connection.
 #[derive(Default)]
-pub struct Chardevs {
-    devices: BTreeMap<String, Device>,
-    background: bool,
+struct Label {
+    text: RefCell<String>,
+    has_client: Cell<bool>,
 }
-
-struct Device {
-    sort: &'static str,
-    label: Rc<Label>,
-    /// Gone once something talks on the device.
-    port: Option<ChardevPort>,
-}
-
-/// What a device is connected to, for people. Shared by the device and its connection.
-#[derive(Default)]
-struct Label(RefCell<String>);
 
 impl Label {
     fn set(&self, text: String) {
-        *self.0.borrow_mut() = text;
+        *self.text.borrow_mut() = text;
+    }
+
+    fn connected(&self, text: String) {
+        self.set(text);
+        self.has_client.set(true);
+    }
+
+    fn disconnected(&self, text: String) {
+        self.set(text);
+        self.has_client.set(false);
     }
 
     fn get(&self) -> String {
-        self.0.borrow().clone()
+        self.text.borrow().clone()
     }
+}
+
+/// What all devices have.
+#[derive(Clone, Default)]
+struct Common {
+    label: Rc<Label>,
+    log: Option<Rc<log::Log>>,
 }
 
 /// Where the clients of a device come from.
@@ -50,8 +78,21 @@ pub struct ChardevPort(Source);
 
 enum Source {
     Socket(socket::Socket),
-    /// The one client that there ever is.
+    Permanent(permanent::Permanent),
+    Pty(pty::Pty),
+    /// The one client of the standard streams.
     Stdio(Option<Connection>),
+    /// Of a ring buffer.
+    Ring(permanent::Permanent),
+    /// Nobody ever comes.
+    Nobody(#[expect(dead_code, reason = "open as long as the device lives")] Option<files::ParallelPort>),
+    /// One user of a multiplexer or a hub.
+    Slot {
+        slot: Rc<queue::Slot>,
+        oob: bool,
+    },
+    /// A hub that nobody uses yet.
+    Hub(hub::Hub),
 }
 
 impl ChardevPort {
@@ -59,88 +100,41 @@ impl ChardevPort {
     pub async fn connection(&mut self) -> Option<Connection> {
         match &mut self.0 {
             Source::Socket(socket) => socket.connection().await,
+            Source::Permanent(device) | Source::Ring(device) => device.connection(),
+            Source::Pty(pty) => pty.connection().await,
             Source::Stdio(connection) => connection.take(),
-        }
-    }
-}
-
-impl Chardevs {
-    /// The process is about to leave its terminal: no device can use the standard streams.
-    pub fn go_to_background(&mut self) {
-        self.background = true;
-    }
-
-    /// Makes a device. One that is told to wait is made when its first client is there.
-    ///
-    /// # Errors
-    /// The name is taken, options contradict each other, or the system refuses.
-    pub async fn add(&mut self, id: &str, backend: &ChardevBackend) -> Result<ChardevReturn> {
-        if self.devices.contains_key(id) {
-            return Err(Error::generic(format!(
-                "attempt to add duplicate property '{id}' to object (type 'container')"
-            )));
-        }
-        let label = Rc::new(Label::default());
-        let (sort, source) = match &backend.kind {
-            ChardevBackendVariant::Socket(wrapper) => {
-                ("socket", Source::Socket(socket::Socket::open(id, &wrapper.data, &label).await?))
-            }
-            ChardevBackendVariant::Stdio(wrapper) => {
-                if self.background {
-                    return Err(Error::generic("cannot use stdio with -daemonize"));
-                }
-                if self.devices.values().any(|device| device.sort == "stdio") {
-                    return Err(Error::generic("cannot use stdio by multiple character devices"));
-                }
-                ("stdio", Source::Stdio(Some(stdio::open(wrapper.data.signal, &label)?)))
-            }
-        };
-        self.devices.insert(id.to_owned(), Device { sort, label, port: Some(ChardevPort(source)) });
-        Ok(ChardevReturn {})
-    }
-
-    /// Removes a device on which nothing talks.
-    ///
-    /// # Errors
-    /// There is none of this name, or it is in use.
-    pub async fn remove(&mut self, id: &str) -> Result<()> {
-        match self.devices.get(id) {
-            None => Err(Error::generic(format!("Chardev '{id}' not found"))),
-            Some(device) if device.port.is_none() => Err(Error::generic(format!("Chardev '{id}' is busy"))),
-            Some(_) => {
-                self.devices.remove(id);
-                Ok(())
-            }
+            Source::Nobody(_) => pending().await,
+            Source::Slot { slot, .. } => slot.connection().await,
+            // It is started when it is taken.
+            Source::Hub(_) => None,
         }
     }
 
-    /// What `query-chardev` tells, by name.
-    pub fn query(&self) -> Vec<ChardevInfo> {
-        let info = |(id, device): (&String, &Device)| ChardevInfo {
-            label: id.clone(),
-            filename: device.label.get(),
-            frontend_open: device.port.is_none(),
-        };
-        self.devices.iter().map(info).collect()
+    /// Whether a monitor on the device offers to execute commands out of band: the reference does not where nothing can
+    /// be received.
+    pub fn offers_oob(&self) -> bool {
+        match &self.0 {
+            Source::Ring(_) | Source::Nobody(_) => false,
+            Source::Slot { oob, .. } => *oob,
+            Source::Hub(hub) => hub.offers_oob(),
+            Source::Socket(_) | Source::Permanent(_) | Source::Pty(_) | Source::Stdio(_) => true,
+        }
     }
 
-    /// The sort of a device, if it exists.
-    pub fn type_of(&self, id: &str) -> Option<&'static str> {
-        self.devices.get(id).map(|device| device.sort)
+    /// The port as it is used: a hub begins to serve its devices.
+    fn started(self) -> Self {
+        match self.0 {
+            Source::Hub(hub) => {
+                let oob = hub.offers_oob();
+                Self(Source::Slot { slot: hub.start(), oob })
+            }
+            _ => self,
+        }
     }
 
-    /// Names and sorts of all devices.
-    pub fn list(&self) -> Vec<(String, &'static str)> {
-        self.devices.iter().map(|(id, device)| (id.clone(), device.sort)).collect()
-    }
-
-    /// Hands the clients of a device to a monitor.
-    ///
-    /// # Errors
-    /// There is no such device, or it has a monitor already.
-    pub fn take_for_monitor(&mut self, id: &str) -> Result<ChardevPort> {
-        let device = self.devices.get_mut(id).ok_or_else(|| Error::generic(format!("chardev \"{id}\" not found")))?;
-        device.port.take().ok_or_else(|| Error::generic(format!("chardev '{id}' is already in use")))
+    /// Whether the device has its client from the beginning.
+    fn is_permanent(&self) -> bool {
+        matches!(self.0, Source::Permanent(_) | Source::Ring(_) | Source::Stdio(_) | Source::Nobody(_))
     }
 }
 
@@ -152,8 +146,7 @@ pub mod testing {
 
     /// A port with one client.
     pub fn port(client: std::os::unix::net::UnixStream) -> ChardevPort {
-        let channel = io::Channel::socket(client.into()).expect("a channel");
-        let label = Rc::new(Label::default());
-        ChardevPort(Source::Stdio(Some(Connection::new(channel, &label, String::new(), String::new()))))
+        let channel = ::io::Channel::single(client.into()).expect("a channel");
+        ChardevPort(Source::Stdio(Some(Connection::plain(channel, &Common::default()))))
     }
 }

@@ -14,10 +14,12 @@
 //! | `reservation` | persistent reservations of nodes, and their managers |
 //! | `object` | objects and the tree of objects |
 //! | `chardev` | character devices |
+//! | `descriptors` | descriptors that clients pass |
 
 mod blockdev;
 mod chardev;
 mod check;
+mod descriptors;
 mod export;
 mod fault;
 mod monitor;
@@ -26,6 +28,7 @@ mod query;
 mod reservation;
 mod table;
 
+pub use descriptors::Caller;
 pub use monitor::version_info;
 #[cfg(test)]
 pub use table::schema;
@@ -36,6 +39,7 @@ use block::Graph;
 use block::driver::LocalFuture;
 use qapi::{Error, Result, Value};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use table::Run;
 use tokio::sync::{mpsc, oneshot};
 
@@ -53,6 +57,8 @@ pub enum Message {
         name: String,
         /// Its arguments, an object.
         arguments: Value,
+        /// Who wants it.
+        caller: Caller,
         /// Where the result goes.
         reply: oneshot::Sender<Result<Value>>,
     },
@@ -75,17 +81,24 @@ pub enum Message {
 #[derive(Debug, Clone)]
 pub struct Handle {
     sender: mpsc::UnboundedSender<Message>,
+    /// How many monitors there have been.
+    monitors: Arc<AtomicU64>,
 }
 
 impl Handle {
+    /// A number for a new monitor, from 1 on.
+    pub fn new_monitor(&self) -> u64 {
+        self.monitors.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
     /// Carries out a command, after those that were sent before it.
     ///
     /// # Errors
     /// Those of the command; and when the daemon ends before it is its turn.
-    pub async fn request(&self, name: String, arguments: Value) -> Result<Value> {
+    pub async fn request(&self, name: String, arguments: Value, caller: Caller) -> Result<Value> {
         let (reply, result) = oneshot::channel();
         let gone = |()| Error::generic("The daemon is shutting down");
-        self.sender.send(Message::Request { name, arguments, reply }).map_err(|_| gone(()))?;
+        self.sender.send(Message::Request { name, arguments, caller, reply }).map_err(|_| gone(()))?;
         result.await.map_err(|_| gone(()))?
     }
 
@@ -110,6 +123,7 @@ pub struct Control {
     exports: export::Exports,
     objects: object::Objects,
     chardevs: crate::chardev::Chardevs,
+    descriptors: descriptors::Descriptors,
     events: Events,
     /// Turns what nodes and exports report into events.
     reports: tokio::task::JoinHandle<()>,
@@ -125,17 +139,21 @@ impl Control {
         let (sender, inbox) = mpsc::unbounded_channel();
         let drivers = drivers::Drivers::default();
         let objects = object::Objects::new(drivers.throttle_groups.clone());
+        let fdsets = drivers.fdsets.clone();
         let workers = formats::Workers::new(io::detach);
         let graph = Graph::new(Arc::new(formats::Formats::new(drivers, workers)));
+        let handle = Handle { sender, monitors: Arc::default() };
+        let quitter = handle.clone();
         Self {
             reports: events.tell_reports(graph.reporter().clone()),
             graph,
             exports: export::Exports::default(),
             objects,
-            chardevs: crate::chardev::Chardevs::default(),
+            chardevs: crate::chardev::Chardevs::new(fdsets.clone(), move || quitter.send(Message::Shutdown)),
+            descriptors: descriptors::Descriptors::new(fdsets),
             events,
             sandbox: InForce::default(),
-            handle: Handle { sender },
+            handle,
             inbox,
             quit: false,
         }
@@ -166,13 +184,18 @@ impl Control {
 
     async fn take(&mut self, message: Message) {
         match message {
-            Message::Request { name, arguments, reply } => match self.execute(&name, &arguments).await {
-                Ok(Executed::Done(value)) => drop(reply.send(Ok(value))),
-                Ok(Executed::Goes(rest)) => {
-                    tokio::task::spawn_local(async move { drop(reply.send(rest.await)) });
+            Message::Request { name, arguments, caller, reply } => {
+                self.descriptors.called_by(Some(caller));
+                let executed = self.execute(&name, &arguments).await;
+                self.descriptors.called_by(None);
+                match executed {
+                    Ok(Executed::Done(value)) => drop(reply.send(Ok(value))),
+                    Ok(Executed::Goes(rest)) => {
+                        tokio::task::spawn_local(async move { drop(reply.send(rest.await)) });
+                    }
+                    Err(error) => drop(reply.send(Err(error))),
                 }
-                Err(error) => drop(reply.send(Err(error))),
-            },
+            }
             Message::PrManagerStatus { id, connected } => self.pr_manager_status(id, connected),
             Message::ExportResize(wish) => self.export_resize(wish).await,
             Message::ExportClosed(id) => self.export_closed(&id).await,

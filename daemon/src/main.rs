@@ -226,11 +226,13 @@ async fn carry_out(
         Kind::Object => control.object_add(read::<ObjectOptions>(step, Some("qom-type"))?).await?,
         Kind::Chardev => match qapi::opts::chardev(&step.value)? {
             ChardevArgument::Help(text) => return Err(Stop::Print(text)),
-            ChardevArgument::Add(add, warnings) => {
+            ChardevArgument::Add(devices, warnings) => {
                 for warning in warnings {
                     complain(&Error::generic(format!("warning: {warning}")).context(&step.text));
                 }
-                control.chardevs().add(&add.id, &add.backend).await?;
+                for device in devices {
+                    control.chardevs().add(&device.id, device.backend)?.await?;
+                }
             }
         },
         Kind::Monitor => {

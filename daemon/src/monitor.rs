@@ -20,7 +20,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::chardev::{ChardevPort, Connection};
-use crate::control::{Handle, command_exists, version_info};
+use crate::control::{Caller, Handle, command_exists, version_info};
 use crate::events::Events;
 
 /// How much is read at once.
@@ -54,18 +54,20 @@ pub fn start(port: ChardevPort, options: &MonitorOptions, control: Handle, event
     }
     let settings = Settings {
         version: version_info().to_value(),
-        oob: true,
+        oob: port.offers_oob(),
         style: if options.pretty { Style::Pretty } else { Style::Compact },
         is_command: command_exists,
     };
     let (closing, closed) = watch::channel(false);
-    let task = Task { settings, control, events: events.clone(), closing: closed };
+    let caller = Caller::new(control.new_monitor());
+    let task = Task { settings, control, caller, events: events.clone(), closing: closed };
     Ok(Monitor { task: tokio::task::spawn_local(task.run(port)), closing })
 }
 
 struct Task {
     settings: Settings,
     control: Handle,
+    caller: Caller,
     events: Events,
     closing: watch::Receiver<bool>,
 }
@@ -129,11 +131,13 @@ impl Client {
     async fn serve(self, task: &Task) -> io::Result<Option<Connection>> {
         let mut buffer = vec![0; READ];
         let mut unread: Range<usize> = 0..0;
+        let mut passed = Vec::new();
         let mut running: Option<Running> = None;
         let mut at_end = false;
         loop {
             let (wants_input, has_output) = {
                 let mut session = self.session.borrow_mut();
+                session.passed(std::mem::take(&mut passed));
                 if let Some(mut rest) = buffer.get(unread.clone()) {
                     session.input(&mut rest);
                     unread.start = unread.end - rest.len();
@@ -141,11 +145,13 @@ impl Client {
                 if running.is_none()
                     && let Some(request) = session.next_request()
                 {
-                    let control = task.control.clone();
-                    running =
-                        Some(Box::pin(
-                            async move { control.request(request.name, Value::Object(request.arguments)).await },
-                        ));
+                    let (control, caller) = (task.control.clone(), task.caller.clone());
+                    // What an earlier request brought is kept until somebody wants it or others come.
+                    if !request.descriptors.is_empty() {
+                        caller.pass(request.descriptors);
+                    }
+                    let arguments = Value::Object(request.arguments);
+                    running = Some(Box::pin(async move { control.request(request.name, arguments, caller).await }));
                 }
                 if session.is_overrun() {
                     tracing::warn!(target: "monitor_client_too_slow", "a monitor's client does not read its events: disconnected");
@@ -154,6 +160,7 @@ impl Client {
                 (session.wants_input(), !session.output().is_empty())
             };
             if at_end && running.is_none() && !has_output && unread.is_empty() {
+                self.connection.flushed().await?;
                 return Ok(None);
             }
             tokio::select! {
@@ -164,11 +171,11 @@ impl Client {
                     self.write()?;
                 }
                 result = complete(&mut running) => self.session.borrow_mut().reply(result),
-                count = self.connection.read(&mut buffer), if wants_input && unread.is_empty() && !at_end => {
+                count = self.connection.read(&mut buffer, &mut passed), if wants_input && unread.is_empty() && !at_end => {
                     unread = 0..count?;
                     if unread.is_empty() {
                         at_end = true;
-                        if self.connection.is_gone().await {
+                        if self.connection.is_gone() {
                             return Ok(None);
                         }
                     }
@@ -195,7 +202,7 @@ impl Client {
                 self.connection.writable().await?;
                 self.write()?;
             }
-            Ok(())
+            self.connection.flushed().await
         };
         tokio::time::timeout(FAREWELL, flush).await.unwrap_or(Ok(()))
     }

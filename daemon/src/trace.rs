@@ -18,6 +18,9 @@ use tracing::{Event, Level, Metadata, Subscriber, span};
 pub const EVENTS: &[(&str, &str)] = &[
     ("block_reports_lost", "more events of block nodes came at once than are kept (always shown)"),
     ("chardev_client_lost", "a character device cannot take a client (always shown)"),
+    ("chardev_hub_client_closed", "a device of a hub has lost its client"),
+    ("chardev_log_failed", "the log file of a character device cannot be written"),
+    ("chardev_mux_client_closed", "a multiplexer has lost its client"),
     ("chardev_unable_to_connect", "a character device cannot connect and will try again (always shown)"),
     ("control_command", "a command is carried out"),
     ("fuse_ended", "the mount of a FUSE export has gone, by whoever's hand (always shown)"),

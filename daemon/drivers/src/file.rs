@@ -152,6 +152,8 @@ pub struct FileDriver {
     lost: AtomicI32,
     /// `pr-manager`.
     manager: Option<ManagerUse>,
+    /// The sets of descriptors, if the file came out of one, and what keeps that set.
+    passed: Option<(io::FdSets, Option<io::FdSetUse>)>,
 }
 
 impl FileDriver {

@@ -47,6 +47,8 @@ use std::sync::Arc;
 pub struct Drivers {
     /// The user's throttle groups.
     pub throttle_groups: Groups,
+    /// The descriptors that the user passed, by the names under which they are opened.
+    pub fdsets: io::FdSets,
     /// The time of drivers that delay requests.
     pub clock: Arc<dyn Clock>,
 }
@@ -61,7 +63,7 @@ impl Default for Drivers {
 impl Drivers {
     /// No objects, and this time.
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
-        Self { throttle_groups: Groups::new(Arc::clone(&clock)), clock }
+        Self { throttle_groups: Groups::new(Arc::clone(&clock)), fdsets: io::FdSets::default(), clock }
     }
 }
 
@@ -80,9 +82,9 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::Blkverify(options) => boxed(blkverify::open(cx, options).await?),
                 BlockdevDriverOptions::Compress(options) => boxed(compress::open(cx, options).await?),
                 BlockdevDriverOptions::CopyOnRead(options) => boxed(copy_on_read::open(cx, options).await?),
-                BlockdevDriverOptions::File(file) => boxed(file::open_regular(cx, file).await?),
-                BlockdevDriverOptions::HostCdrom(file) => boxed(file::open_cdrom(cx, file).await?),
-                BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(cx, file).await?),
+                BlockdevDriverOptions::File(file) => boxed(file::open_regular(cx, &self.fdsets, file).await?),
+                BlockdevDriverOptions::HostCdrom(file) => boxed(file::open_cdrom(cx, &self.fdsets, file).await?),
+                BlockdevDriverOptions::HostDevice(file) => boxed(file::open_device(cx, &self.fdsets, file).await?),
                 BlockdevDriverOptions::NullAio(null) => boxed(null::open("null-aio", null)?),
                 BlockdevDriverOptions::NullCo(null) => boxed(null::open("null-co", null)?),
                 BlockdevDriverOptions::Preallocate(options) => boxed(preallocate::open(cx, options).await?),

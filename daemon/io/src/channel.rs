@@ -3,13 +3,20 @@
 //! It owns its descriptors and gives their flags back. Unlike [`crate::Stream`] it reads into plain memory and takes any sort
 //! of file, for a monitor may be talked to through a pipe, a terminal or the null device.
 
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::task::{Context, Poll};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{getsockopt, sockopt};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{Interest, Ready};
+
+/// Descriptors that are taken out of one message; a client has no reason to send more.
+pub const MAX_PASSED: usize = 16;
 
 /// One conversation. Only one task may read and one write at a time.
 #[derive(Debug)]
@@ -24,6 +31,7 @@ pub struct Channel {
 struct End {
     fd: Polled,
     flags: OFlag,
+    is_socket: bool,
 }
 
 #[derive(Debug)]
@@ -34,11 +42,11 @@ enum Polled {
 }
 
 impl Channel {
-    /// A connected socket.
+    /// One descriptor for both directions: a connected socket, or a terminal.
     ///
     /// # Errors
     /// The descriptor cannot be polled, or no event loop runs here.
-    pub fn socket(fd: OwnedFd) -> io::Result<Channel> {
+    pub fn single(fd: OwnedFd) -> io::Result<Channel> {
         Ok(Channel { input: End::new(fd, Interest::READABLE | Interest::WRITABLE)?, output: None })
     }
 
@@ -56,31 +64,41 @@ impl Channel {
         self.output.as_ref().unwrap_or(&self.input)
     }
 
-    /// Waits for bytes and reads them; 0 is the end. Nothing is lost if this is dropped before it completes.
+    /// Reads bytes that are there; 0 is the end. Descriptors that came with them are added to `passed`, closed on exec;
+    /// what is beyond [`MAX_PASSED`] of one message is closed. Nothing is lost if the caller loses interest.
     ///
     /// # Errors
     /// What read(2) says.
-    pub async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub fn poll_read(
+        &self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+        passed: &mut Vec<OwnedFd>,
+    ) -> Poll<io::Result<usize>> {
+        let mut once = |fd: &OwnedFd| match self.input.is_socket {
+            true => receive(fd, buffer, passed),
+            false => retry(|| nix::unistd::read(fd, &mut *buffer)),
+        };
         match &self.input.fd {
-            Polled::Always(fd) => retry(|| nix::unistd::read(fd, buffer)),
+            Polled::Always(fd) => Poll::Ready(once(fd)),
             Polled::Ready(fd) => loop {
-                let mut ready = fd.readable().await?;
-                match ready.try_io(|fd| retry(|| nix::unistd::read(fd, buffer))) {
-                    Ok(result) => return result,
+                let mut ready = std::task::ready!(fd.poll_read_ready(cx))?;
+                match ready.try_io(|fd| once(fd.get_ref())) {
+                    Ok(result) => return Poll::Ready(result),
                     Err(_would_block) => {}
                 }
             },
         }
     }
 
-    /// Waits until [`Channel::try_write`] may have something to do.
+    /// Whether [`Channel::try_write`] may have something to do.
     ///
     /// # Errors
     /// The event loop has ended.
-    pub async fn writable(&self) -> io::Result<()> {
+    pub fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &self.output().fd {
-            Polled::Always(_) => Ok(()),
-            Polled::Ready(fd) => fd.writable().await.map(drop),
+            Polled::Always(_) => Poll::Ready(Ok(())),
+            Polled::Ready(fd) => fd.poll_write_ready(cx).map_ok(drop),
         }
     }
 
@@ -101,16 +119,15 @@ impl Channel {
 
     /// Whether the client has closed both directions, and not just said that it will send nothing more. A TCP peer
     /// that closes cannot be told from one that only stops sending.
-    pub async fn is_gone(&self) -> bool {
+    pub fn is_gone(&self) -> bool {
         match &self.output().fd {
             Polled::Always(_) => false,
             Polled::Ready(fd) => {
-                let ready = tokio::select! {
-                    biased;
-                    ready = fd.ready(Interest::READABLE | Interest::WRITABLE) => ready.map(|guard| guard.ready()),
-                    () = std::future::ready(()) => Ok(Ready::EMPTY),
-                };
-                ready.is_ok_and(|ready| ready.is_write_closed())
+                let mut ready = std::pin::pin!(fd.ready(Interest::READABLE | Interest::WRITABLE));
+                match ready.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop())) {
+                    Poll::Ready(ready) => ready.is_ok_and(|ready| ready.ready().is_write_closed()),
+                    Poll::Pending => false,
+                }
             }
         }
     }
@@ -133,6 +150,7 @@ impl End {
         }
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let is_socket = getsockopt(&fd, sockopt::SockType).is_ok();
         // SAFETY: the AsyncFd owns the descriptor, and nothing replaces it.
         let fd = match unsafe { AsyncFd::register_with_interest(fd, interest) } {
             Ok(fd) => Polled::Ready(fd),
@@ -144,7 +162,7 @@ impl End {
                 Polled::Always(fd)
             }
         };
-        Ok(End { fd, flags })
+        Ok(End { fd, flags, is_socket })
     }
 }
 
@@ -165,4 +183,23 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
             other => return other.map_err(io::Error::from),
         }
     }
+}
+
+/// Bytes and descriptors of a socket.
+fn receive(fd: &OwnedFd, buffer: &mut [u8], passed: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PASSED))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut into = [IoSliceMut::new(&mut *buffer)];
+        match recvmsg(fd, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => break other?,
+        }
+    };
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            passed.extend(descriptors);
+        }
+    }
+    Ok(received.bytes)
 }

@@ -157,6 +157,17 @@ enum Cached {
     Miss,
 }
 
+impl OpenHow {
+    /// The access mode and O_DIRECT, as open(2) takes them.
+    pub fn flags(self) -> OFlag {
+        let access = match self.access {
+            Access::ReadOnly => OFlag::O_RDONLY,
+            Access::ReadWrite => OFlag::O_RDWR,
+        };
+        if self.direct { access | OFlag::O_DIRECT } else { access }
+    }
+}
+
 impl File {
     /// Opens `path`, off the event loop. The descriptor is closed on exec.
     ///
@@ -176,15 +187,7 @@ impl File {
 
     async fn open_with(path: &Path, how: OpenHow, more: OFlag) -> io::Result<Self> {
         let path: PathBuf = path.to_owned();
-        let mut flags = more
-            | OFlag::O_CLOEXEC
-            | match how.access {
-                Access::ReadOnly => OFlag::O_RDONLY,
-                Access::ReadWrite => OFlag::O_RDWR,
-            };
-        if how.direct {
-            flags |= OFlag::O_DIRECT;
-        }
+        let flags = more | OFlag::O_CLOEXEC | how.flags();
         let fd = pool::blocking(move || nix::fcntl::open(&path, flags, Mode::empty())).await??;
         Self::from_fd(fd, how.engine)
     }
@@ -228,6 +231,11 @@ impl File {
     /// Limits the operations on this file that are handed to the ring's kernel side at once (`aio-max-batch`); 0 is no limit.
     pub fn set_max_batch(&mut self, max: u32) {
         self.max_batch = max;
+    }
+
+    /// That limit.
+    pub fn max_batch(&self) -> u32 {
+        self.max_batch
     }
 
     /// Access mode.

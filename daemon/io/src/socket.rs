@@ -71,6 +71,42 @@ pub async fn connect(address: &SocketAddress) -> Result<OwnedFd> {
     .await
 }
 
+/// A socket for datagrams to and from `remote`, received at `local` or wherever the system likes.
+///
+/// # Errors
+/// An address cannot be resolved or used, or is not of the Internet; there is nothing like that for other addresses.
+pub async fn datagram(remote: &SocketAddress, local: Option<&SocketAddress>) -> Result<OwnedFd> {
+    let inet = |address: &SocketAddress| match &address.addr {
+        SocketAddressVariant::Inet(inet) => Ok(inet.clone()),
+        _ => Err(Error::generic("socket type unsupported for datagram")),
+    };
+    let (remote, local) = (inet(remote)?, local.map(inet).transpose()?);
+    run(move || datagram_inet(&remote, local.as_ref())).await
+}
+
+fn datagram_inet(remote: &InetSocketAddress, local: Option<&InetSocketAddress>) -> Result<OwnedFd> {
+    let mut last = Error::generic(format!("address resolution failed for {}:{}: no address", remote.host, remote.port));
+    for address in resolve::resolve(remote, false)? {
+        let family = address.family().unwrap_or(AddressFamily::Inet);
+        let made = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+        let fd = made.map_err(failed("Failed to create datagram socket"))?;
+        setsockopt(&fd, sockopt::ReuseAddr, &true).map_err(failed("Failed to set up socket"))?;
+        if let Some(local) = local {
+            let fits = |at: &SockaddrStorage| at.family() == Some(family);
+            let Some(at) = resolve::resolve(local, true)?.into_iter().find(fits) else {
+                last = Error::generic("the local and the remote address are of different families");
+                continue;
+            };
+            bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &at).map_err(failed("Failed to bind socket"))?;
+        }
+        match connect_socket(std::os::fd::AsRawFd::as_raw_fd(&fd), &address) {
+            Ok(()) => return Ok(fd),
+            Err(errno) => last = failed("Failed to connect socket")(errno),
+        }
+    }
+    Err(last)
+}
+
 async fn run<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     connecting(work).await.map_err(|error| Error::io("cannot start a thread", error))?
 }
@@ -285,6 +321,16 @@ fn passed_numbers(text: &str) -> Result<Vec<RawFd>> {
         return Err(Error::generic(format!("Unable to parse FD number {text}")));
     }
     Ok(named)
+}
+
+/// Whether the service manager passed something under this name.
+pub fn was_passed(name: &str) -> bool {
+    passed_numbers(name).is_ok()
+}
+
+/// Whether it is a socket.
+pub fn is_socket(fd: &OwnedFd) -> bool {
+    getsockopt(fd, sockopt::SockType).is_ok()
 }
 
 /// A socket that the process was started with, by its number. It belongs to the caller from now on.

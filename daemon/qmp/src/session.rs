@@ -10,6 +10,7 @@
 //!   [overrun](Session::is_overrun) and its owner closes the connection, so that the client reconnects and queries.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 
 use qapi::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -41,12 +42,14 @@ pub struct Settings {
 }
 
 /// A command to execute. Its reply goes to [`Session::reply`]; there is one at a time.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug)]
 pub struct Request {
     /// The name of the command, not yet looked up.
     pub name: String,
     /// Its arguments, empty if the client gave none.
     pub arguments: Map<String, Value>,
+    /// The descriptors that the client passed with it, or last before it.
+    pub descriptors: Vec<OwnedFd>,
 }
 
 /// The id that the client gave, if it did.
@@ -78,6 +81,8 @@ pub struct Session {
     parser: Parser,
     mode: Mode,
     queue: VecDeque<Queued>,
+    /// Came with bytes of a request that is not complete. Bounded by what one message can carry.
+    descriptors: Vec<OwnedFd>,
     /// The id of the request that is being executed.
     executing: Option<Id>,
     output: VecDeque<Chunk>,
@@ -98,6 +103,7 @@ impl Session {
             parser: Parser::new(),
             mode: Mode::Negotiation,
             queue: VecDeque::new(),
+            descriptors: Vec::new(),
             executing: None,
             output: VecDeque::new(),
             sent: 0,
@@ -112,6 +118,14 @@ impl Session {
     /// Whether [`Session::input`] would take anything. If not, the owner stops reading from the client.
     pub fn wants_input(&self) -> bool {
         self.queue.len() < MAX_QUEUED && self.output_bytes <= HIGH_WATER && !self.overrun
+    }
+
+    /// Takes descriptors that came with the bytes which are taken next. They belong to the next request that ends there, unless
+    /// others come before; then they are closed.
+    pub fn passed(&mut self, descriptors: Vec<OwnedFd>) {
+        if !descriptors.is_empty() {
+            self.descriptors = descriptors;
+        }
     }
 
     /// Takes bytes from the front of `input`, all of them unless the session stops wanting input on the way.
@@ -132,7 +146,10 @@ impl Session {
                     // No command can be executed out of band, so there is nothing to do but to say so, and to say it
                     // now.
                     Ok((request, true)) => self.answer(id, Err(self.refuse_oob(&request.name))),
-                    Ok((request, false)) => self.queue.push_back(Queued { id, request: Ok(request) }),
+                    Ok((mut request, false)) => {
+                        request.descriptors = std::mem::take(&mut self.descriptors);
+                        self.queue.push_back(Queued { id, request: Ok(request) });
+                    }
                     Err(error) => self.queue.push_back(Queued { id, request: Err(error) }),
                 },
             }
@@ -297,7 +314,8 @@ fn check(members: Map<String, Value>, oob_enabled: bool) -> Result<(Request, boo
         }
     }
     let (name, out_of_band) = command.ok_or_else(|| Error::generic("QMP input lacks member 'execute'"))?;
-    Ok((Request { name, arguments: arguments.unwrap_or_default() }, out_of_band))
+    let arguments = arguments.unwrap_or_default();
+    Ok((Request { name, arguments, descriptors: Vec::new() }, out_of_band))
 }
 
 fn claim(command: &mut Option<(String, bool)>, name: String, out_of_band: bool) -> Result<()> {

@@ -3,17 +3,18 @@
 use std::future::{pending, poll_fn};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::pin;
-use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
-use io::{Channel, Listener};
+use ::io::{Channel, Listener};
 use nix::sys::socket::{SockaddrLike, SockaddrStorage, getpeername, getsockname, setsockopt, sockopt};
 use qapi::types::chardev::ChardevSocket;
 use qapi::types::sockets::{SocketAddress, SocketAddressVariant};
 use qapi::{Error, Result};
 
-use super::{Connection, Label};
+use super::framed::Framed;
+use super::telnet::{self, Telnet};
+use super::{Common, Connection, websocket};
 
 /// How long to wait when the system has no descriptor for a client.
 const SHORTAGE: Duration = Duration::from_secs(1);
@@ -24,9 +25,45 @@ pub(super) struct Socket {
     address: SocketAddress,
     way: Way,
     nodelay: bool,
-    label: Rc<Label>,
+    protocol: Protocol,
+    common: Common,
     /// A client that was there before somebody asked for it.
     first: Option<OwnedFd>,
+}
+
+/// What is spoken around the bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    None,
+    Telnet,
+    Tn3270,
+    WebSocket,
+}
+
+impl Protocol {
+    fn of(options: &ChardevSocket) -> Result<Protocol> {
+        Ok(match options {
+            ChardevSocket { websocket: true, server: false, .. } => {
+                return Err(Error::generic("Websocket client is not implemented"));
+            }
+            ChardevSocket { websocket: true, telnet: false, tn3270: false, .. } => Protocol::WebSocket,
+            ChardevSocket { websocket: true, .. } => {
+                return Err(Error::generic("'websocket' cannot be used together with 'telnet' or 'tn3270'"));
+            }
+            ChardevSocket { tn3270: true, .. } => Protocol::Tn3270,
+            ChardevSocket { telnet: true, .. } => Protocol::Telnet,
+            _ => Protocol::None,
+        })
+    }
+
+    /// What addresses of the Internet are called.
+    fn name(self) -> &'static str {
+        match self {
+            Protocol::None | Protocol::Tn3270 => "tcp",
+            Protocol::Telnet => "telnet",
+            Protocol::WebSocket => "websocket",
+        }
+    }
 }
 
 enum Way {
@@ -40,7 +77,15 @@ impl Socket {
     ///
     /// # Errors
     /// Options contradict each other, or the system refuses.
-    pub(super) async fn open(id: &str, options: &ChardevSocket, label: &Rc<Label>) -> Result<Socket> {
+    pub(super) async fn open(id: &str, options: &ChardevSocket, common: &Common) -> Result<Socket> {
+        if let Some(credentials) = &options.tls_creds {
+            // There is no type of object yet that could be one.
+            return Err(Error::generic(format!("No TLS credentials with id '{credentials}'"))
+                .with_hint("TLS is not supported on character devices yet"));
+        }
+        if options.tls_authz.is_some() {
+            return Err(Error::generic("'tls_authz' option requires 'tls_creds' option"));
+        }
         let reconnect = reconnect(options)?;
         let address = SocketAddress::from(options.addr.clone());
         let mut socket = Socket {
@@ -48,22 +93,25 @@ impl Socket {
             address,
             way: Way::Connect(reconnect),
             nodelay: options.nodelay,
-            label: label.clone(),
+            protocol: Protocol::of(options)?,
+            common: common.clone(),
             first: None,
         };
         if options.server {
-            socket.way = Way::Listen(io::socket::listen(&socket.address).await?);
-            label.set(socket.name_without_client());
+            socket.way = Way::Listen(::io::socket::listen(&socket.address).await?);
+            common.label.set(socket.name_without_client());
             if options.wait.unwrap_or(false) {
                 // Whoever started us has to know that this is not a hang.
-                let line = format!("qemu-storage-daemon: info: waiting for connection on: {}\n", label.get());
+                let line = format!("qemu-storage-daemon: info: waiting for connection on: {}\n", common.label.get());
                 let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
                 socket.first = Some(socket.accept().await);
             }
         } else {
-            label.set(socket.name_without_client());
+            common.label.set(socket.name_without_client());
             if reconnect.is_none() {
-                socket.first = Some(io::socket::connect(&socket.address).await?);
+                let fd = ::io::socket::connect(&socket.address).await?;
+                common.label.connected(socket.name_with_client(&fd));
+                socket.first = Some(fd);
             }
         }
         Ok(socket)
@@ -83,16 +131,38 @@ impl Socket {
                 let _ = setsockopt(&fd, sockopt::TcpNoDelay, &true);
             }
             let now = self.name_with_client(&fd);
-            match Channel::socket(fd) {
-                Ok(channel) => {
-                    return Some(Connection::new(channel, &self.label, now, self.name_without_client()));
-                }
+            match self.begin(fd, now).await {
+                Ok(connection) => return Some(connection),
                 Err(error) => {
                     tracing::warn!(target: "chardev_client_lost", "Character device {} lost a client: {error}", self.id);
-                    tokio::time::sleep(SHORTAGE).await;
+                    if error.raw_os_error().is_some() {
+                        tokio::time::sleep(SHORTAGE).await;
+                    }
                 }
             }
         }
+    }
+
+    /// Agrees with a client on the protocol.
+    async fn begin(&self, fd: OwnedFd, name: String) -> std::io::Result<Connection> {
+        let channel = Channel::single(fd)?;
+        let after = self.name_without_client();
+        let greeting = match self.protocol {
+            Protocol::None => return Ok(Connection::new(channel, &self.common, name, after)),
+            Protocol::WebSocket => {
+                let framed = websocket::accept(channel).await?;
+                return Ok(Connection::new(framed, &self.common, name, after));
+            }
+            Protocol::Telnet => telnet::GREETING,
+            Protocol::Tn3270 => telnet::GREETING_TN3270,
+        };
+        let framed = Framed::new(channel, Telnet::default(), greeting.to_vec());
+        Ok(Connection::new(framed, &self.common, name, after))
+    }
+
+    /// The address that is listened on or connected to.
+    pub(super) fn address(&self) -> &SocketAddress {
+        &self.address
     }
 
     async fn accept(&self) -> OwnedFd {
@@ -127,7 +197,7 @@ impl Socket {
         loop {
             // The two are not raced: a try takes what it takes.
             let mut pause = pin!(tokio::time::sleep(period));
-            match io::socket::connect(&self.address).await {
+            match ::io::socket::connect(&self.address).await {
                 Ok(fd) => return fd,
                 Err(error) => {
                     if !warned {
@@ -144,9 +214,9 @@ impl Socket {
         match &self.way {
             Way::Listen(listeners) => {
                 let bound = listeners.first().and_then(|listener| getsockname(listener.as_fd().as_raw_fd()).ok());
-                format!("disconnected:{},server=on", name(&self.address, bound))
+                format!("disconnected:{},server=on", self.name(bound))
             }
-            Way::Connect(_) => format!("disconnected:{}", name(&self.address, None)),
+            Way::Connect(_) => format!("disconnected:{}", self.name(None)),
         }
     }
 
@@ -155,7 +225,29 @@ impl Socket {
         let server = if matches!(self.way, Way::Listen(_)) { ",server=on" } else { "" };
         let peer = if is_tcp(fd) { getpeername::<SockaddrStorage>(fd.as_raw_fd()).ok() } else { None };
         let peer = peer.map(|peer| format!(" <-> {peer}")).unwrap_or_default();
-        format!("{}{server}{peer}", name(&self.address, local))
+        format!("{}{server}{peer}", self.name(local))
+    }
+
+    /// The address for people. `actual` is what the system made of it, such as the port that it chose.
+    fn name(&self, actual: Option<SockaddrStorage>) -> String {
+        let protocol = self.protocol.name();
+        match (&self.address.addr, actual) {
+            (SocketAddressVariant::Inet(_), Some(actual)) => format!("{protocol}:{actual}"),
+            (SocketAddressVariant::Inet(inet), None) => format!("{protocol}:{}:{}", inet.host, inet.port),
+            (SocketAddressVariant::Unix(unix), _) => {
+                let tight = if unix.tight { ",tight=on" } else { "" };
+                let form = if unix.is_abstract { format!(",abstract=on{tight}") } else { String::new() };
+                format!("unix:{}{form}", unix.path)
+            }
+            (SocketAddressVariant::Vsock(vsock), _) => format!("vsock:{}:{}", vsock.cid, vsock.port),
+            // A passed socket is called by what it is.
+            (SocketAddressVariant::Fd(_), Some(actual)) if is_inet(&actual) => format!("{protocol}:{actual}"),
+            (SocketAddressVariant::Fd(_), Some(actual)) if actual.as_unix_addr().is_some() => {
+                let path = actual.as_unix_addr().and_then(|unix| unix.path());
+                format!("unix:{}", path.map(|path| path.to_string_lossy()).unwrap_or_default())
+            }
+            (SocketAddressVariant::Fd(fd), _) => format!("fd:{}", fd.str),
+        }
     }
 }
 
@@ -184,23 +276,10 @@ fn reconnect(options: &ChardevSocket) -> Result<Option<Duration>> {
 }
 
 fn is_tcp(fd: &OwnedFd) -> bool {
-    use nix::sys::socket::AddressFamily::{Inet, Inet6};
-    getsockname::<SockaddrStorage>(fd.as_raw_fd()).is_ok_and(|a| matches!(a.family(), Some(Inet | Inet6)))
+    getsockname::<SockaddrStorage>(fd.as_raw_fd()).is_ok_and(|address| is_inet(&address))
 }
 
-/// An address for people. `actual` is what the system made of it, such as the port that it chose.
-fn name(address: &SocketAddress, actual: Option<SockaddrStorage>) -> String {
-    match &address.addr {
-        SocketAddressVariant::Inet(inet) => match actual {
-            Some(actual) => format!("tcp:{actual}"),
-            None => format!("tcp:{}:{}", inet.host, inet.port),
-        },
-        SocketAddressVariant::Unix(unix) => {
-            let tight = if unix.tight { ",tight=on" } else { "" };
-            let form = if unix.is_abstract { format!(",abstract=on{tight}") } else { String::new() };
-            format!("unix:{}{form}", unix.path)
-        }
-        SocketAddressVariant::Vsock(vsock) => format!("vsock:{}:{}", vsock.cid, vsock.port),
-        SocketAddressVariant::Fd(fd) => format!("fd:{}", fd.str),
-    }
+fn is_inet(address: &SockaddrStorage) -> bool {
+    use nix::sys::socket::AddressFamily::{Inet, Inet6};
+    matches!(address.family(), Some(Inet | Inet6))
 }

@@ -1,12 +1,11 @@
 //! The standard streams as a character device.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
 
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use qapi::{Error, Result};
 
-use super::{Connection, Label};
+use super::{Common, Connection};
 
 /// A terminal whose keys send no signals, until this is dropped.
 pub(super) struct KeysWithoutSignals {
@@ -37,13 +36,13 @@ impl Drop for KeysWithoutSignals {
 ///
 /// # Errors
 /// A stream is closed, or the terminal refuses.
-pub(super) fn open(signal: bool, label: &Rc<Label>) -> Result<Connection> {
+pub(super) fn open(signal: bool, common: &Common) -> Result<Connection> {
     let failed = |error| Error::io("cannot use the standard streams", error);
     let input = std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
     let output = std::io::stdout().as_fd().try_clone_to_owned().map_err(failed)?;
     let keys = if signal { None } else { KeysWithoutSignals::new(input.try_clone().map_err(failed)?)? };
-    let channel = io::Channel::pair(input, output).map_err(failed)?;
-    Ok(Connection::new(channel, label, "stdio".into(), "stdio".into()).with_keys(keys))
+    let channel = ::io::Channel::pair(input, output).map_err(failed)?;
+    Ok(Connection::plain(channel, common).with_guard(keys))
 }
 
 #[cfg(test)]

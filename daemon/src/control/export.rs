@@ -18,6 +18,7 @@ use qapi::types::export::{
     FuseExportAllowOther, NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove,
     NbdServerStop, QueryBlockExports,
 };
+use qapi::types::sockets::SocketAddressVariant;
 use qapi::{Error, Result, Variants};
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,7 +105,14 @@ fn not_found(id: &str) -> Error {
 
 impl Control {
     pub(super) async fn nbd_server_start(&mut self, args: NbdServerOptionsLegacy) -> Result<()> {
-        self.start_nbd_server(args.into()).await
+        let mut options = NbdServerOptions::from(args);
+        let passed = match &mut options.addr.addr {
+            SocketAddressVariant::Fd(fd) => self.descriptors.resolve(fd)?,
+            _ => None,
+        };
+        let started = self.start_nbd_server(options).await;
+        drop(passed);
+        started
     }
 
     /// `nbd-server-start` and `--nbd-server`.

@@ -18,7 +18,7 @@ use qapi::types::qom::{
     ObjectDel, ObjectOptions, ObjectPropertyInfo, ObjectTypeInfo, ObjectVariant, QomGet, QomList, QomListProperties,
     QomListTypes, QomSet,
 };
-use qapi::{Error, ErrorClass, Result, Value};
+use qapi::{Error, ErrorClass, Qapi, Result, Value};
 use std::sync::Arc;
 use throttle_group::ThrottleGroup;
 
@@ -126,8 +126,26 @@ const TYPES: &[Type] = &[
     made_by_users("pr-manager-helper", "pr-manager", &[("path", "string")]),
     made_by_users("throttle-group", "object", throttle_group::PROPERTIES),
     base("chardev", Some("object")),
-    plain("chardev-socket", "chardev"),
-    plain("chardev-stdio", "chardev"),
+    base("chardev-fd", Some("chardev")),
+    plain("chardev-file", "chardev-fd"),
+    plain("chardev-hub", "chardev"),
+    plain("chardev-memory", "chardev-ringbuf"),
+    plain("chardev-mux", "chardev"),
+    plain("chardev-null", "chardev"),
+    plain("chardev-parallel", "chardev"),
+    plain("chardev-pipe", "chardev-fd"),
+    plain("chardev-pty", "chardev"),
+    plain("chardev-ringbuf", "chardev"),
+    plain("chardev-serial", "chardev-fd"),
+    Type {
+        name: "chardev-socket",
+        parent: Some("chardev"),
+        is_abstract: false,
+        user_creatable: false,
+        properties: &[("connected", "bool"), ("addr", "SocketAddress")],
+    },
+    plain("chardev-stdio", "chardev-fd"),
+    plain("chardev-udp", "chardev"),
 ];
 
 /// Where a path leads.
@@ -136,8 +154,8 @@ enum Place<'a> {
     Objects,
     Chardevs,
     Object(&'a Entry),
-    /// A character device: its type.
-    Chardev(String),
+    /// A character device: its name and type.
+    Chardev(String, String),
 }
 
 impl Place<'_> {
@@ -145,7 +163,7 @@ impl Place<'_> {
         match self {
             Place::Root | Place::Objects | Place::Chardevs => "container".to_owned(),
             Place::Object(entry) => entry.object.type_name().to_owned(),
-            Place::Chardev(ty) => ty.clone(),
+            Place::Chardev(_, ty) => ty.clone(),
         }
     }
 }
@@ -280,7 +298,16 @@ impl Control {
     }
 
     fn chardev(&self, id: &str) -> Option<Place<'_>> {
-        self.chardevs.type_of(id).map(|ty| Place::Chardev(format!("chardev-{ty}")))
+        self.chardevs.type_of(id).map(|ty| Place::Chardev(id.to_owned(), format!("chardev-{ty}")))
+    }
+
+    fn chardev_property(&self, id: &str, name: &str) -> Option<Value> {
+        let socket = self.chardevs.socket(id)?;
+        match name {
+            "connected" => Some(socket.connected.into()),
+            "addr" => Some(socket.address.to_value()),
+            _ => None,
+        }
     }
 
     pub(super) async fn qom_list(&mut self, args: QomList) -> Result<Vec<ObjectPropertyInfo>> {
@@ -295,7 +322,7 @@ impl Control {
             Place::Chardevs => {
                 all.extend(self.chardevs.list().iter().map(|(id, ty)| child(id, &format!("chardev-{ty}"))));
             }
-            Place::Object(_) | Place::Chardev(_) => {}
+            Place::Object(_) | Place::Chardev(..) => {}
         }
         Ok(all)
     }
@@ -310,6 +337,7 @@ impl Control {
             Place::Objects if self.object(name).is_some() => return Ok(below("objects")),
             Place::Chardevs if self.chardev(name).is_some() => return Ok(below("chardevs")),
             Place::Object(entry) => entry.object.as_user().get(name),
+            Place::Chardev(id, _) => self.chardev_property(id, name),
             _ => None,
         };
         own.ok_or_else(|| no_property(&place, name))
@@ -338,7 +366,7 @@ impl Control {
                 Place::Objects => self.object(name).is_some(),
                 Place::Chardevs => self.chardev(name).is_some(),
                 Place::Object(entry) => entry.object.as_user().get(name).is_some(),
-                Place::Chardev(_) => false,
+                Place::Chardev(id, _) => self.chardev_property(id, name).is_some(),
             }
     }
 

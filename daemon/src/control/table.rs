@@ -5,8 +5,8 @@ use block::driver::LocalFuture;
 use qapi::def::CommandDef;
 use qapi::schema::Schema;
 use qapi::types::{
-    block::*, block_check::*, block_event::*, block_query::*, chardev::*, control::*, export::*, fault::*, qom::*,
-    reservation::*,
+    block::*, block_check::*, block_event::*, block_query::*, chardev::*, control::*, descriptors::*, export::*,
+    fault::*, qom::*, reservation::*,
 };
 use qapi::{Command, Event, Qapi, Result, Value};
 
@@ -67,8 +67,15 @@ pub const COMMANDS: &[Row] = commands! {
     QomSet => qom_set,
     QomListTypes => qom_list_types,
     QomListProperties => qom_list_properties,
-    ChardevAdd => chardev_add,
+    Getfd => getfd,
+    Closefd => closefd,
+    AddFd => add_fd,
+    RemoveFd => remove_fd,
+    QueryFdsets => query_fdsets,
     ChardevRemove => chardev_remove,
+    ChardevSendBreak => chardev_send_break,
+    RingbufWrite => ringbuf_write,
+    RingbufRead => ringbuf_read,
     QueryChardev => query_chardev,
     QueryChardevBackends => query_chardev_backends,
     BlockdevOptions => blockdev_add,
@@ -98,6 +105,8 @@ pub const COMMANDS: &[Row] = commands! {
     ; beside
     NbdServerRemove => nbd_server_remove,
     BlockExportDel => block_export_del,
+    ChardevAdd => chardev_add,
+    ChardevChange => chardev_change,
     XBlockPrIn => x_block_pr_in,
     XBlockPrOut => x_block_pr_out,
 };

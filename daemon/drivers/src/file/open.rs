@@ -4,7 +4,7 @@ use super::permissions::Locks;
 use super::{Able, Discards, FileDriver, Medium, Settings};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use block::OpenContext;
-use io::{Access, Engine, File, FileKind, ImageLock, IoThread, Locking, OpenHow};
+use io::{Access, Engine, FdSetUse, FdSets, File, FileKind, ImageLock, IoThread, Locking, OpenHow};
 use qapi::types::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
 use qapi::{Error, Result};
 use std::path::Path;
@@ -15,30 +15,35 @@ use std::sync::atomic::{AtomicI32, AtomicU64};
 ///
 /// # Errors
 /// It is none, or cannot be opened; options that do not go together.
-pub async fn open_regular(cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
-    open("file", cx, options).await
+pub async fn open_regular(cx: &OpenContext<'_>, fdsets: &FdSets, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open("file", cx, fdsets, options).await
 }
 
 /// Opens a block or character device (`host_device`).
 ///
 /// # Errors
 /// It is none, or cannot be opened; options that do not go together.
-pub async fn open_device(cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
-    open("host_device", cx, options).await
+pub async fn open_device(cx: &OpenContext<'_>, fdsets: &FdSets, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open("host_device", cx, fdsets, options).await
 }
 
 /// Opens a drive for compact discs (`host_cdrom`), which need not have one in it.
 ///
 /// # Errors
 /// It is no device, or cannot be opened; options that do not go together.
-pub async fn open_cdrom(cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
-    open(CDROM, cx, options).await
+pub async fn open_cdrom(cx: &OpenContext<'_>, fdsets: &FdSets, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+    open(CDROM, cx, fdsets, options).await
 }
 
 /// The driver whose device may have no medium.
 const CDROM: &str = "host_cdrom";
 
-async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOptionsFile) -> Result<FileDriver> {
+async fn open(
+    name: &'static str,
+    cx: &OpenContext<'_>,
+    fdsets: &FdSets,
+    options: &BlockdevOptionsFile,
+) -> Result<FileDriver> {
     let (node, filename) = (&cx.options, options.filename.as_str());
     if filename.is_empty() {
         return Err(Error::generic(format!("The '{name}' block driver requires a file name")));
@@ -46,7 +51,10 @@ async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOption
     let access = if node.read_only || node.auto_read_only { Access::ReadOnly } else { Access::ReadWrite };
     let how = OpenHow { access, direct: node.direct, engine: engine(options.aio, node.direct)? };
     let manager = options.pr_manager.as_deref().map(|id| cx.reservation_manager(id)).transpose()?;
-    let mut file = open_checked(name, filename, how).await?;
+    let (mut file, passed) = match passed(fdsets, filename, how)? {
+        Some((file, from_set)) => (checked(name, filename, file).await?, Some((fdsets.clone(), from_set))),
+        None => (open_checked(name, filename, how).await?, None),
+    };
     file.set_max_batch(max_batch(options.aio_max_batch)?);
 
     let failed = |what: &str, e| Error::io(format!("Could not {what} '{filename}'"), e);
@@ -78,6 +86,7 @@ async fn open(name: &'static str, cx: &OpenContext<'_>, options: &BlockdevOption
         end: AtomicU64::new(stat.size),
         lost: AtomicI32::new(0),
         manager,
+        passed,
     })
 }
 
@@ -100,6 +109,20 @@ async fn open_checked(name: &str, filename: &str, how: OpenHow) -> Result<File> 
         }
         Err(e) => return Err(could_not(e)),
     };
+    checked(name, filename, file).await
+}
+
+/// The file that a client passed, if `filename` is the name of one.
+pub(super) fn passed(fdsets: &FdSets, filename: &str, how: OpenHow) -> Result<Option<(File, Option<FdSetUse>)>> {
+    let Some(found) = fdsets.find(Path::new(filename), how.flags()) else { return Ok(None) };
+    let found = found.map_err(|error| Error::generic(error.text(filename)))?;
+    let could_not = |e| Error::io(format!("Could not open '{filename}'"), e);
+    Ok(Some((File::from_fd(found.fd, how.engine).map_err(could_not)?, found.from_set)))
+}
+
+/// The file if it is of the driver's kind.
+async fn checked(name: &str, filename: &str, file: File) -> Result<File> {
+    let could_not = |e| Error::io(format!("Could not open '{filename}'"), e);
     let kind = file.stat().await.map_err(could_not)?.kind;
     let fits = match name {
         "file" => kind == FileKind::Regular,

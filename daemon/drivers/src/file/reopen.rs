@@ -50,6 +50,13 @@ impl FileDriver {
     /// The same file opened again, for other access.
     pub(super) async fn open_again(&self, file: &File, access: Access, direct: bool) -> Result<Arc<File>> {
         let how = OpenHow { access, direct, engine: self.engine };
+        if let Some((fdsets, _)) = &self.passed {
+            // The set may have a descriptor for this access; to open anything new may be forbidden.
+            if let Ok(Some((mut again, _))) = open::passed(fdsets, &self.filename, how) {
+                again.set_max_batch(file.max_batch());
+                return Ok(Arc::new(again));
+            }
+        }
         match file.reopen(how).await {
             Ok(again) => Ok(Arc::new(again)),
             Err(e) if direct && !file.is_direct() && e.raw_os_error() == Some(Errno::EINVAL as i32) => {

@@ -11,6 +11,7 @@ pub mod block_filters;
 pub mod block_query;
 pub mod chardev;
 pub mod control;
+pub mod descriptors;
 pub mod export;
 pub mod fault;
 pub mod introspect;
