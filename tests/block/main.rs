@@ -1,10 +1,12 @@
 //! The block graph through QMP [drop-in A.3, A.5, A.7].
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
+mod activity;
 mod data;
 mod graph;
 mod locking;
 mod queries;
+mod reopen;
 mod reservations;
 
 use serde_json::{Value, json};

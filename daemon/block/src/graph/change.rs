@@ -10,6 +10,7 @@ use crate::disk;
 use crate::edge::{Edge, Parent, Role};
 use crate::node::{Node, NodeOptions};
 use crate::reopen::{NewOptions, Prepared};
+use nix::errno::Errno;
 use qapi::types::block::BlockdevOptions;
 use qapi::{Error, Result};
 use std::sync::{Arc, OnceLock};
@@ -144,16 +145,21 @@ impl Change {
         above(nodes, disks)
     }
 
-    /// Nodes whose data must be on stable storage before the commit: who flushes afterwards may no longer reach them.
-    fn to_flush(&self) -> Vec<Arc<Node>> {
-        let gone = self.moved.iter().map(|(edge, _)| edge).chain(self.removed.iter().map(|(_, edge)| edge));
-        let reopened = self.reopened.iter().filter(|new| {
-            let before = new.node.options();
-            !before.read_only
-                && (new.options.read_only, new.options.direct, new.options.no_flush)
-                    != (before.read_only, before.direct, before.no_flush)
-        });
-        gone.map(|edge| edge.node()).chain(reopened.map(|new| Arc::clone(&new.node))).collect()
+    /// Puts what was written on stable storage where whoever flushes afterwards may no longer reach it.
+    async fn flush(&self) -> Result<()> {
+        let could_not =
+            |node: &Node, errno: Errno| Error::io(format!("Could not flush node '{}'", node.name()), errno.into());
+        for edge in self.moved.iter().map(|(edge, _)| edge).chain(self.removed.iter().map(|(_, edge)| edge)) {
+            edge.flush().await.map_err(|errno| could_not(&edge.node(), errno))?;
+        }
+        for NewNode { node, options, .. } in &self.reopened {
+            let before = node.options();
+            let how = |options: &NodeOptions| (options.read_only, options.direct, options.no_flush);
+            if !before.read_only && how(options) != how(&before) {
+                node.flush().await.map_err(|errno| could_not(node, errno))?;
+            }
+        }
+        Ok(())
     }
 
     fn check_not_frozen(&self) -> Result<()> {
@@ -248,15 +254,7 @@ impl Graph {
             let plan = permissions::plan(&touched, &[], &overlay, &prepared)?;
             let plan = plan.prepare(|node| overlay.is_reopened(node)).await?;
             drained = Drained::new(change.disks()).await;
-            let mut last_steps = Ok(());
-            for node in change.to_flush() {
-                if last_steps.is_ok() {
-                    last_steps = node
-                        .flush()
-                        .await
-                        .map_err(|errno| Error::io(format!("Could not flush node '{}'", node.name()), errno.into()));
-                }
-            }
+            let mut last_steps = change.flush().await;
             for (_, prepared) in &mut prepared {
                 if last_steps.is_ok() {
                     last_steps = prepared.drained().await;
