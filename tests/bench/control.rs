@@ -18,12 +18,14 @@ type Measure = fn(Program, &Image) -> f64;
 pub fn run(programs: &[Program], rounds: u32, image: &Image) {
     println!("\n| | {} |", programs.iter().map(|program| program.name()).collect::<Vec<_>>().join(" | "));
     println!("|---|{}", "---:|".repeat(programs.len()));
-    let measures: [(&str, Measure); 5] = [
+    let measures: [(&str, Measure); 7] = [
         ("start to serving, ms", start_up),
         ("idle memory, PSS in MiB", memory),
         ("QMP round trips/s", trips),
         ("1000 nodes added, ms", nodes_added),
         ("1000 nodes queried, ms", nodes_queried),
+        ("1000 nodes reopened one by one, ms", nodes_reopened),
+        ("1000 nodes reopened at once, and queried, ms", nodes_reopened_at_once),
     ];
     for (name, measure) in measures {
         let mut values = vec![Vec::new(); programs.len()];
@@ -100,4 +102,34 @@ fn nodes_queried(program: Program, image: &Image) -> f64 {
     let time = milliseconds(start.elapsed());
     assert!(nodes.as_array().is_some_and(|nodes| nodes.len() > NODES as usize));
     time
+}
+
+/// All nodes with other options than before.
+fn other_options() -> Vec<serde_json::Value> {
+    let options = |index| {
+        json!({"driver": "null-co", "node-name": format!("node{index}"), "size": 1 << 20, "read-only": true,
+            "detect-zeroes": "on"})
+    };
+    (0..NODES).map(options).collect()
+}
+
+fn nodes_reopened(program: Program, image: &Image) -> f64 {
+    let daemon = program.serve(Backend::Null, image);
+    let mut qmp = daemon.qmp();
+    add_nodes(&mut qmp);
+    let start = Instant::now();
+    for options in other_options() {
+        qmp.ok("blockdev-reopen", json!({"options": [options]}));
+    }
+    milliseconds(start.elapsed())
+}
+
+fn nodes_reopened_at_once(program: Program, image: &Image) -> f64 {
+    let daemon = program.serve(Backend::Null, image);
+    let mut qmp = daemon.qmp();
+    add_nodes(&mut qmp);
+    let start = Instant::now();
+    qmp.ok("blockdev-reopen", json!({"options": other_options()}));
+    qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    milliseconds(start.elapsed())
 }

@@ -164,6 +164,12 @@ fn qcow2(name: &str, child: &str, backing: Value) -> Value {
     json!({"driver": "qcow2", "node-name": name, "file": child, "backing": backing})
 }
 
+/// The number of backing files below a node.
+fn depth(qmp: &mut qmp::Client, name: &str) -> Value {
+    let nodes = qmp.ok("query-named-block-nodes", json!({}));
+    nodes.as_array().unwrap().iter().find(|node| node["node-name"] == name).unwrap()["backing_file_depth"].clone()
+}
+
 #[test]
 fn backing_files_come_and_go_under_a_client() {
     let daemon = chain();
@@ -182,10 +188,10 @@ fn backing_files_come_and_go_under_a_client() {
     assert_eq!(refused(&mut qmp, &[missing]), "backing is missing for 'over'");
     reopen(&mut qmp, &[qcow2("over", "over-file", Value::Null)]);
     assert_eq!(client.read(0, 4), [0; 4], "nothing shows through");
-    assert_eq!(node(&mut qmp, "over")["backing_file_depth"], 0);
+    assert_eq!(depth(&mut qmp, "over"), 0);
     reopen(&mut qmp, &[qcow2("over", "over-file", json!("other"))]);
     assert_eq!(client.read(0, 4), [0x22; 4]);
-    assert_eq!(node(&mut qmp, "over")["backing_file_depth"], 1);
+    assert_eq!(depth(&mut qmp, "over"), 1);
     assert!(node(&mut qmp, "over")["backing_file"].as_str().unwrap().ends_with("other"));
     assert_eq!(client.write(0, 0, &[0x33; 512]), 0);
     reopen(&mut qmp, &[qcow2("over", "over-file", json!("base"))]);

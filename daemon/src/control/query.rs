@@ -175,7 +175,8 @@ async fn device_info(node: &Arc<Node>, flat: bool) -> BlockDeviceInfo {
         ro: options.read_only,
         drv: node.driver().name().to_owned(),
         backing_file: backing_edge(node).map(|edge| filename(&edge.node())),
-        backing_file_depth: backing_depth(node),
+        // It is counted along the images that are shown.
+        backing_file_depth: if flat { 0 } else { backing_depth(node) },
         children: children
             .iter()
             .map(|edge| BlockdevChild { child: edge.name().to_owned(), node_name: edge.node().name().to_owned() })
