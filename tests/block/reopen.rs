@@ -303,12 +303,12 @@ fn data_that_cannot_be_flushed_keeps_its_place() {
 /// Writes and reads back until told to stop; every block has bytes of its own. Returns the number of rounds.
 fn hammer(mut client: nbd::Client, stop: &AtomicBool, from: u64, seed: u64) -> u64 {
     let mut noise = Noise::new(seed);
-    let mut rounds = 0;
+    let mut rounds = 0_u64;
     while !stop.load(Ordering::Relaxed) {
         let at = from + noise.below(MIB / 2 / 4096) * 4096;
         let data = noise.bytes(4096);
         assert_eq!(client.write(at, 0, &data), 0);
-        if rounds % 16 == 0 {
+        if rounds.is_multiple_of(16) {
             assert_eq!(client.simple(cmd::FLUSH, 0, 0, 0), 0);
         }
         assert!(client.read(at, 4096) == data, "round {rounds} at {at}");
@@ -349,10 +349,10 @@ fn clients_notice_nothing() {
     add(&mut qmp, raw("r", "t"));
     export(&mut qmp, "r");
     under_load(&daemon, || {
-        for n in 0..100 {
-            let direct = json!({"cache": {"direct": n % 2 == 0}, "discard": "unmap"});
-            let zeroes = json!({"detect-zeroes": if n % 3 == 0 { "on" } else { "off" }});
-            let group = if n % 2 == 0 { "t2" } else { "t1" };
+        for n in 0..100_u32 {
+            let direct = json!({"cache": {"direct": n.is_multiple_of(2)}, "discard": "unmap"});
+            let zeroes = json!({"detect-zeroes": if n.is_multiple_of(3) { "on" } else { "off" }});
+            let group = if n.is_multiple_of(2) { "t2" } else { "t1" };
             let child = if n % 4 < 2 { "f" } else { "t" };
             reopen(&mut qmp, &[with(file("f", "a.img"), direct), throttle(group), with(raw("r", child), zeroes)]);
             refused(&mut qmp, &[with(raw("r", "f"), json!({"read-only": true}))]);
@@ -403,7 +403,7 @@ fn nothing_is_left_of_what_came_and_went() {
     export(&mut qmp, "r");
     let round = |qmp: &mut qmp::Client, n: u32| {
         add(qmp, json!({"driver": "raw", "node-name": "x", "file": file("y", "b.img")}));
-        reopen(qmp, &[with(file("f", "a.img"), json!({"cache": {"direct": n % 2 == 0}}))]);
+        reopen(qmp, &[with(file("f", "a.img"), json!({"cache": {"direct": n.is_multiple_of(2)}}))]);
         reopen(qmp, &[with(raw("x", "y"), json!({"read-only": true}))]);
         qmp.ok("blockdev-del", json!({"node-name": "x"}));
     };
