@@ -18,6 +18,7 @@ mod load;
 mod programs;
 mod qcow2;
 mod report;
+mod vhost;
 
 use std::time::Duration;
 
@@ -76,6 +77,7 @@ fn options() -> Options {
             "--fio" => options.fio = true,
             "--list" => {
                 cells::all().iter().for_each(|cell| println!("{}", cell.name()));
+                vhost::names().for_each(|name| println!("{name}"));
                 std::process::exit(0);
             }
             _ => {
@@ -118,6 +120,7 @@ fn main() {
         report::row(&cell.name(), &rounds);
     }
     qcow2::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
+    vhost::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
     if options.control {
         control::run(&options.programs, options.rounds, &image);
     }

@@ -77,17 +77,21 @@ impl Program {
         if self == Self::ReferenceRing { ",aio=io_uring" } else { "" }
     }
 
-    /// Starts it with the image, or with nothing behind it, as the writable export `disk`.
-    pub fn serve(self, backend: Backend, image: &Image) -> Daemon {
+    /// The options of a node called `disk` on the image, or on nothing.
+    pub fn node(self, backend: Backend, image: &Image) -> String {
         let aio = self.file_options();
-        let node = match backend {
+        match backend {
             Backend::Null => format!("null-co,node-name=disk,size={},read-zeroes=off", image.size),
             Backend::Cache => format!("file,node-name=disk,filename={}{aio}", image.path.display()),
             Backend::Direct => {
                 format!("file,node-name=disk,filename={},cache.direct=on{aio}", image.path.display())
             }
-        };
-        self.serve_nodes(&[node])
+        }
+    }
+
+    /// Starts it with the image, or with nothing behind it, as the writable export `disk`.
+    pub fn serve(self, backend: Backend, image: &Image) -> Daemon {
+        self.serve_nodes(&[self.node(backend, image)])
     }
 
     /// Starts it with nodes, the last of which is called `disk`, and that one as the writable export `disk`.

@@ -12,6 +12,7 @@
     reason = "a helper of tests fails by panicking"
 )]
 
+pub mod blkdriver;
 pub mod daemon;
 pub mod image;
 pub mod locks;

@@ -1,29 +1,31 @@
-//! Event descriptors that another process gave: one that it rings, one that it listens to.
+//! Event descriptors that another process gave: one that it rings, one that it listens to. `[eventfd(2)]`
 //!
 //! The descriptors are foreign. What is no event counter could keep the thread waiting, so anything that is a file, a device,
-//! a pipe or a socket is refused, and they are made non-blocking. `[eventfd(2)]`
+//! a pipe or a socket is refused. So could a counter that its owner has emptied, or filled, at the right moment; but whether it is
+//! blocking belongs to its owner, who may wait in a read of it. So it is read with a call that never waits, and one
+//! that could block a write is rung by the kernel, as the signal that a ring of ours has a completion.
 
 use crate::polling::note_event;
+use io_uring::{IoUring, opcode};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
+use std::cell::RefCell;
+use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Checks that it is an anonymous object of the kernel, as event counters are, and makes it non-blocking.
-fn check(fd: &OwnedFd) -> io::Result<()> {
+/// Checks that it is an anonymous object of the kernel, as event counters are; says whether it never blocks.
+fn check(fd: &OwnedFd) -> io::Result<bool> {
     let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode & SFlag::S_IFMT.bits());
     if !kind.is_empty() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptor is no event counter"));
     }
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-    if !flags.contains(OFlag::O_NONBLOCK) {
-        fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    }
-    Ok(())
+    Ok(OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?).contains(OFlag::O_NONBLOCK))
 }
 
 /// What the other side rings. It belongs to the event loop of the thread that made it.
@@ -37,7 +39,11 @@ impl Doorbell {
     /// It is no event counter, or no event loop runs here.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         check(&fd)?;
-        Ok(Self(crate::stream::register(fd, Interest::READABLE)?))
+        if tokio::runtime::Handle::try_current().is_err() {
+            return Err(io::Error::other("no event loop runs on this thread"));
+        }
+        // SAFETY: the AsyncFd owns the descriptor, and nothing replaces it.
+        Ok(Self(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?))
     }
 
     /// Ready when it was rung since the last time; any number of rings count as one.
@@ -46,8 +52,7 @@ impl Doorbell {
     /// It cannot be read, so it will never ring again.
     pub fn poll_rung(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut ready = ready!(self.0.poll_read_ready(cx))?;
-        let mut count = [0; 8];
-        let result = nix::unistd::read(&self.0, &mut count);
+        let result = self.empty();
         // It is empty now, whatever it was; a ring after the read is reported anew.
         ready.clear_ready();
         match result {
@@ -58,11 +63,52 @@ impl Doorbell {
             Err(errno) => Poll::Ready(Err(errno.into())),
         }
     }
+
+    fn empty(&self) -> Result<libc::ssize_t, Errno> {
+        let mut count = 0u64;
+        let into = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: size_of::<u64>() };
+        let fd = self.0.get_ref().as_raw_fd();
+        // SAFETY: the one entry names a variable of ours that is valid for its length.
+        match Errno::result(unsafe { libc::preadv2(fd, &into, 1, -1, libc::RWF_NOWAIT) }) {
+            // A kernel that cannot promise it (before 5.12).
+            Err(Errno::EOPNOTSUPP) => {
+                let flags = OFlag::from_bits_retain(fcntl(self.0.get_ref(), FcntlArg::F_GETFL)?);
+                fcntl(self.0.get_ref(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+                // SAFETY: as above.
+                Errno::result(unsafe { libc::readv(fd, &into, 1) })
+            }
+            other => other,
+        }
+    }
 }
 
 /// What the other side listens to.
 #[derive(Debug)]
-pub struct Bell(OwnedFd);
+pub struct Bell(How);
+
+enum How {
+    /// It never blocks.
+    Write(OwnedFd),
+    /// It might: the kernel signals it for each completion on this ring.
+    Signal(RefCell<IoUring>),
+    /// It might, and there is no ring to be had.
+    Thread(Arc<OwnedFd>),
+}
+
+impl fmt::Debug for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Write(_) => "Write",
+            Self::Signal(_) => "Signal",
+            Self::Thread(_) => "Thread",
+        })
+    }
+}
+
+fn write(fd: &OwnedFd) {
+    // A counter that is full has rung already, and one that takes nothing has nobody who listens.
+    let _ = nix::unistd::write(fd, &1u64.to_ne_bytes());
+}
 
 impl Bell {
     /// Will ring `fd`.
@@ -70,12 +116,113 @@ impl Bell {
     /// # Errors
     /// It is no event counter.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        check(&fd)?;
-        Ok(Self(fd))
+        if check(&fd)? {
+            return Ok(Self(How::Write(fd)));
+        }
+        let ring = IoUring::new(2).and_then(|ring| {
+            ring.submitter().register_eventfd(fd.as_raw_fd())?;
+            Ok(ring)
+        });
+        Ok(Self(match ring {
+            Ok(ring) => How::Signal(RefCell::new(ring)),
+            Err(_) => How::Thread(Arc::new(fd)),
+        }))
     }
 
-    /// Rings. A counter that is full has rung already, and one that takes nothing has nobody who listens.
+    /// Rings, and never waits.
     pub fn ring(&self) {
-        let _ = nix::unistd::write(&self.0, &1u64.to_ne_bytes());
+        match &self.0 {
+            How::Write(fd) => write(fd),
+            How::Signal(ring) => {
+                let mut ring = ring.borrow_mut();
+                // What completed before makes room.
+                ring.completion().for_each(drop);
+                // SAFETY: an operation without memory.
+                let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
+                // There is room for one, and nothing else that could be done about it.
+                if pushed.is_ok() {
+                    let _ = ring.submit();
+                }
+            }
+            How::Thread(fd) => {
+                let fd = Arc::clone(fd);
+                crate::pool::detach(move || write(&fd));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    fn counter(flags: EventfdFlags) -> OwnedFd {
+        eventfd(0, flags).unwrap()
+    }
+
+    fn count(fd: &OwnedFd) -> u64 {
+        let mut raw = [0; 8];
+        nix::unistd::read(fd, &mut raw).unwrap();
+        u64::from_ne_bytes(raw)
+    }
+
+    #[test]
+    fn a_counter_rings_whether_it_blocks_or_not() {
+        for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
+            let ours = counter(flags);
+            let bell = Bell::new(ours.try_clone().unwrap()).unwrap();
+            for turn in 1..10 {
+                for _ in 0..turn {
+                    bell.ring();
+                }
+                assert_eq!(count(&ours), turn);
+            }
+            assert_eq!(
+                OFlag::from_bits_retain(fcntl(&ours, FcntlArg::F_GETFL).unwrap()).contains(OFlag::O_NONBLOCK),
+                flags.contains(EventfdFlags::NONBLOCK),
+                "it is as its owner made it"
+            );
+        }
+    }
+
+    #[test]
+    fn a_counter_that_is_full_keeps_nobody_waiting() {
+        let full = counter(EventfdFlags::empty());
+        nix::unistd::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let bell = Bell::new(full.try_clone().unwrap()).unwrap();
+        bell.ring();
+        bell.ring();
+        assert!(count(&full) >= u64::MAX - 1);
+    }
+
+    #[test]
+    fn a_counter_that_was_emptied_keeps_nobody_waiting() {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let ours = counter(EventfdFlags::empty());
+            let bell = Doorbell::new(ours.try_clone().unwrap()).unwrap();
+            nix::unistd::write(&ours, &1u64.to_ne_bytes()).unwrap();
+            std::future::poll_fn(|cx| bell.poll_rung(cx)).await.unwrap();
+            nix::unistd::write(&ours, &3u64.to_ne_bytes()).unwrap();
+            std::future::poll_fn(|cx| {
+                // Its owner is faster.
+                let mut raw = [0; 8];
+                if bell.0.poll_read_ready(cx).is_pending() {
+                    return Poll::Pending;
+                }
+                nix::unistd::read(&ours, &mut raw).unwrap();
+                bell.poll_rung(cx)
+            })
+            .await
+            .unwrap();
+        });
+    }
+
+    #[test]
+    fn other_descriptors_are_refused() {
+        let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        assert!(Bell::new(file).is_err());
+        let (pipe, _writer) = std::io::pipe().unwrap();
+        assert!(Bell::new(OwnedFd::from(pipe)).is_err());
     }
 }

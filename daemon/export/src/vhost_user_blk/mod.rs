@@ -27,4 +27,7 @@ mod ring;
 mod vring;
 mod wire;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 pub use export::{VhostUserBlkDriver, VhostUserBlkExport};
