@@ -90,7 +90,7 @@ enum How {
     /// It never blocks.
     Write(OwnedFd),
     /// It might: the kernel signals it for each completion on this ring.
-    Signal(RefCell<IoUring>),
+    Signal(Box<RefCell<IoUring>>),
     /// It might, and there is no ring to be had.
     Thread(Arc<OwnedFd>),
 }
@@ -124,7 +124,7 @@ impl Bell {
             Ok(ring)
         });
         Ok(Self(match ring {
-            Ok(ring) => How::Signal(RefCell::new(ring)),
+            Ok(ring) => How::Signal(Box::new(RefCell::new(ring))),
             Err(_) => How::Thread(Arc::new(fd)),
         }))
     }
