@@ -192,7 +192,7 @@ fn longs(list: &[u64]) -> Vec<u8> {
 }
 
 /// Whether the descriptor becomes readable in time.
-fn readable(fd: impl AsFd, limit: std::time::Duration) -> bool {
+pub(crate) fn readable(fd: impl AsFd, limit: std::time::Duration) -> bool {
     let mut list = [PollFd::new(&fd, PollFlags::IN)];
     let limit = Timespec::try_from(limit).expect("a time limit");
     loop {
