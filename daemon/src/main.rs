@@ -34,6 +34,7 @@ use qapi::types::export::{BlockExportOptions, NbdServerOptions};
 use qapi::types::qom::ObjectOptions;
 use qapi::{Error, Qapi, Result};
 use sandbox::{Confinement, InForce};
+use std::fs::File;
 use std::io::Write;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -101,8 +102,10 @@ fn run(arguments: &[String]) -> Result<(), Stop> {
     };
     start_trace(&steps)?;
     let confinement = confinement(&steps, pidfile.as_deref())?;
+    let prepared = pidfile.as_deref().filter(|_| confinement.is_strict()).and_then(PidFile::prepare);
     let sandbox = confinement.take_on()?;
     // As long as its handle lives, the main thread is an IOThread that exports can use.
+    let pidfile = pidfile.map(|path| (path, prepared));
     let main = async |_thread| serve(steps, pidfile, starting, sandbox).await;
     io::run_main("main", io::Params::default(), main)
         .map_err(|error| Error::io("cannot start the event loop", error))?
@@ -141,7 +144,7 @@ fn in_option(stop: Stop, step: &Step) -> Stop {
 
 async fn serve(
     steps: Vec<Step>,
-    pidfile: Option<String>,
+    pidfile: Option<(String, Option<File>)>,
     starting: Option<Starting>,
     sandbox: InForce,
 ) -> Result<(), Stop> {
@@ -157,7 +160,7 @@ async fn serve(
         for step in &steps {
             carry_out(step, &mut control, &events, &mut monitors).await.map_err(|stop| in_option(stop, step))?;
         }
-        let pidfile = pidfile.as_deref().map(PidFile::create).transpose()?;
+        let pidfile = pidfile.map(|(path, prepared)| PidFile::create(&path, prepared)).transpose()?;
         if let Some(starting) = starting {
             starting.succeeded().map_err(|error| Error::io("cannot leave the foreground", error))?;
         }

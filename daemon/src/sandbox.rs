@@ -109,7 +109,10 @@ impl Confinement {
         if options.mode == SandboxMode::Strict {
             named.own();
             steps.iter().for_each(|step| named.step(step));
-            pidfile.into_iter().for_each(|path| named.folder(path, Rule::Keep));
+            if let Some(path) = pidfile {
+                named.existing(path, Rule::Use);
+                named.folder(path, Rule::Name);
+            }
             for path in options.paths.iter().flatten() {
                 named.existing(path, if Path::new(path).is_dir() { Rule::Keep } else { Rule::Use });
             }
@@ -125,6 +128,11 @@ impl Confinement {
             _ => Mounts::None,
         };
         Self { mode: options.mode, files: named.files, inet: named.inet || options.mode != SandboxMode::Strict, mounts }
+    }
+
+    /// Whether the process will not open files that nobody named.
+    pub fn is_strict(&self) -> bool {
+        self.mode == SandboxMode::Strict
     }
 
     /// Gives it up. Each thread that is started from now on takes on the limits of its role; this one does so when it
@@ -328,7 +336,7 @@ impl Named {
         if let Some(path) = text("path")
             && listens
         {
-            self.folder(path, Rule::MakeSockets);
+            self.folder(path, Rule::Name);
         }
         if let Some(path) = text("mountpoint") {
             // As the export names it: without links in its folder.
@@ -351,7 +359,7 @@ impl Named {
     fn chardev(&mut self, opts: &Opts) {
         let server = !matches!(opts.get("server"), None | Some("off"));
         match (opts.get("backend"), opts.get("path")) {
-            (Some("socket"), Some(path)) if server => self.folder(path, Rule::MakeSockets),
+            (Some("socket"), Some(path)) if server => self.folder(path, Rule::Name),
             (Some("socket"), _) => {}
             (_, Some(path)) => self.path(path, Usage::Made),
             _ => {}
@@ -371,8 +379,13 @@ impl Named {
     fn path(&mut self, path: &str, how: Usage) {
         match how {
             Usage::Read => self.existing(path, Rule::Read),
-            Usage::Made if !Path::new(path).exists() => self.folder(path, Rule::Keep),
-            Usage::Image | Usage::Made => self.existing(path, Rule::Use),
+            Usage::Image => self.existing(path, Rule::Use),
+            Usage::Made => {
+                // To open the whole folder for it would be too much, so it is there when its option's turn comes.
+                let made = std::fs::OpenOptions::new().create(true).append(true).open(path);
+                drop(made);
+                self.existing(path, Rule::Use);
+            }
         }
     }
 

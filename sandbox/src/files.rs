@@ -16,8 +16,8 @@ pub enum Rule {
     Remove(PathBuf),
     /// Open for reading and writing, change the size, send ioctls.
     Use(PathBuf),
-    /// Make sockets in this folder, and remove files of it.
-    MakeSockets(PathBuf),
+    /// Make names of sockets and files in this folder, and remove them, without opening what is there.
+    Name(PathBuf),
     /// Use all in this folder; make and remove files and sockets there.
     Keep(PathBuf),
 }
@@ -29,7 +29,7 @@ impl Rule {
             Self::Read(path) => (path, AccessFs::ReadFile | AccessFs::ReadDir),
             Self::Remove(path) => (path, AccessFs::RemoveFile.into()),
             Self::Use(path) => (path, using | AccessFs::ReadDir),
-            Self::MakeSockets(path) => (path, AccessFs::MakeSock | AccessFs::RemoveFile),
+            Self::Name(path) => (path, AccessFs::MakeSock | AccessFs::MakeReg | AccessFs::RemoveFile),
             Self::Keep(path) => {
                 let making = AccessFs::MakeReg | AccessFs::MakeSock | AccessFs::MakeSym | AccessFs::Refer;
                 (path, using | AccessFs::ReadDir | making | AccessFs::RemoveFile)

@@ -6,8 +6,10 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "system calls by number, as an intruder would make them")]
 
-use sandbox::syscall::{EXIT_REFUSED, Filters, Mode, PR_HELPER, Refusal, name_refused_calls};
-use std::process::{Command, Output};
+mod support;
+
+use sandbox::syscall::{Filters, Mode, PR_HELPER, Refusal};
+use support::{Attempt, must_come_back, must_end};
 
 /// The sections of each role, with everything that options can add.
 const ROLES: [(&str, &[&str]); 4] = [
@@ -16,9 +18,6 @@ const ROLES: [(&str, &[&str]); 4] = [
     ("logger", &["logger"]),
     ("closer", &["closer"]),
 ];
-
-/// A call with its first three arguments; the others are zero.
-type Attempt = (&'static str, libc::c_long, [i64; 3]);
 
 const EXEC: i64 = libc::PROT_EXEC as i64 | libc::PROT_READ as i64;
 
@@ -100,7 +99,7 @@ const DIVIDED: &[(&str, Attempt)] = &[
     ("worker", ("sendmsg", libc::SYS_sendmsg, [-1, 0, 0])),
     ("worker", ("accept4", libc::SYS_accept4, [-1, 0, 0])),
     ("worker", ("openat", libc::SYS_openat, [-100, 0, 0])),
-    ("worker", ("unlink", libc::SYS_unlinkat, [-100, 0, 0])),
+    ("worker", ("unlinkat", libc::SYS_unlinkat, [-100, 0, 0])),
     ("logger", ("openat", libc::SYS_openat, [-100, 0, 0])),
     ("logger", ("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])),
     // Reading is all that any option adds.
@@ -137,60 +136,30 @@ const NEEDED: &[(&str, Attempt)] = &[
     ("logger", ("write", libc::SYS_write, [-1, 0, 0])),
 ];
 
-/// The child: under the filter of ROLE, makes the call and says that it came back.
 #[test]
 fn attempt() {
-    let Ok(role) = std::env::var("DRILL_ROLE") else { return };
-    let numbers = std::env::var("DRILL_CALL").unwrap();
-    let [call, a, b, c] = numbers.split(' ').map(|n| n.parse::<i64>().unwrap()).collect::<Vec<_>>()[..] else {
-        panic!("DRILL_CALL")
+    let filters = |role: &str| {
+        let (role, sections) = ROLES.into_iter().find(|row| row.0 == role).unwrap();
+        Filters::compile(PR_HELPER, &[(role, sections.to_vec())], Mode::Enforce).unwrap()
     };
-    let (role, sections) = ROLES.into_iter().find(|row| row.0 == role).unwrap();
-    let filters = Filters::compile(PR_HELPER, &[(role, sections.to_vec())], Mode::Enforce).unwrap();
-    name_refused_calls(Refusal::End).unwrap();
-    filters.enter(role).unwrap();
-    // SAFETY: no argument is a valid address, so the kernel reads and writes no memory of this process.
-    unsafe {
-        libc::syscall(call, a, b, c, 0, 0, 0);
-        libc::write(1, c"came back\n".as_ptr().cast(), 10);
-        libc::_exit(0);
-    }
-}
-
-fn make(role: &str, (_, call, [a, b, c]): &Attempt) -> Output {
-    let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", "attempt", "--nocapture", "--test-threads=1"]);
-    child.env("DRILL_ROLE", role).env("DRILL_CALL", format!("{call} {a} {b} {c}")).output().unwrap()
-}
-
-fn must_be_refused(role: &str, attempt: &Attempt) {
-    let output = make(role, attempt);
-    let line = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(EXIT_REFUSED), "{role}: {attempt:?}: {output:?}");
-    assert!(!String::from_utf8_lossy(&output.stdout).contains("came back"), "{role}: {attempt:?}");
-    let named = attempt.0 == "unlink" && line.contains("unlinkat") || line.contains(&format!("call {} (", attempt.0));
-    assert!(named && line.contains(&format!("in thread '{role}'")), "{role}: {attempt:?}: {line}");
+    support::child(filters, Refusal::End);
 }
 
 #[test]
 fn escapes_are_refused_in_every_role() {
     for attempt in ESCAPES {
         for (role, _) in ROLES {
-            must_be_refused(role, attempt);
+            must_end(("attempt", role), attempt);
         }
     }
 }
 
 #[test]
 fn roles_do_not_have_each_others_calls() {
-    DIVIDED.iter().for_each(|(role, attempt)| must_be_refused(role, attempt));
+    DIVIDED.iter().for_each(|(role, attempt)| must_end(("attempt", role), attempt));
 }
 
 #[test]
 fn what_a_role_needs_comes_back() {
-    for (role, attempt) in NEEDED {
-        let output = make(role, attempt);
-        assert!(output.status.success(), "{role}: {attempt:?}: {output:?}");
-        assert!(String::from_utf8_lossy(&output.stdout).contains("came back"), "{role}: {attempt:?}");
-    }
+    NEEDED.iter().for_each(|(role, attempt)| must_come_back(("attempt", role), attempt));
 }

@@ -1,0 +1,177 @@
+//! Tries, from inside each role of the daemon, what somebody who took it over would, and what the role needs. See
+//! `drill.rs`, which does the same for the helper; `tests/sandbox` does it within a daemon that serves.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![expect(unsafe_code, reason = "system calls by number, as an intruder would make them")]
+
+mod support;
+
+use sandbox::syscall::{DAEMON, Filters, Mode, Refusal};
+use support::{Attempt, must_be_answered, must_come_back, must_end};
+
+const WX: i64 = libc::PROT_EXEC as i64 | libc::PROT_WRITE as i64;
+
+/// What no role may do.
+const ESCAPES: &[Attempt] = &[
+    ("execve", libc::SYS_execve, [0, 0, 0]),
+    ("execveat", libc::SYS_execveat, [0, 0, 0]),
+    ("clone", libc::SYS_clone, [0, 0, 0]),
+    ("ptrace", libc::SYS_ptrace, [0, 0, 0]),
+    ("process_vm_readv", libc::SYS_process_vm_readv, [1, 0, 0]),
+    ("process_vm_writev", libc::SYS_process_vm_writev, [1, 0, 0]),
+    ("pidfd_getfd", libc::SYS_pidfd_getfd, [0, 0, 0]),
+    ("kill", libc::SYS_kill, [1, 0, 0]),
+    ("tkill", libc::SYS_tkill, [1, 0, 0]),
+    ("tgkill", libc::SYS_tgkill, [1, 1, 0]),
+    ("mount", libc::SYS_mount, [0, 0, 0]),
+    ("umount2", libc::SYS_umount2, [0, 0, 0]),
+    ("move_mount", libc::SYS_move_mount, [0, 0, 0]),
+    ("fsopen", libc::SYS_fsopen, [0, 0, 0]),
+    ("pivot_root", libc::SYS_pivot_root, [0, 0, 0]),
+    ("chroot", libc::SYS_chroot, [0, 0, 0]),
+    ("unshare", libc::SYS_unshare, [0, 0, 0]),
+    ("setns", libc::SYS_setns, [0, 0, 0]),
+    ("setuid", libc::SYS_setuid, [0, 0, 0]),
+    ("setgid", libc::SYS_setgid, [0, 0, 0]),
+    ("setresuid", libc::SYS_setresuid, [0, 0, 0]),
+    ("setgroups", libc::SYS_setgroups, [0, 0, 0]),
+    ("capset", libc::SYS_capset, [0, 0, 0]),
+    ("prctl", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as i64, 1, 0]),
+    ("seccomp", libc::SYS_seccomp, [0, 0, 0]),
+    ("rt_sigaction", libc::SYS_rt_sigaction, [libc::SIGSYS as i64, 0, 0]),
+    ("init_module", libc::SYS_init_module, [0, 0, 0]),
+    ("finit_module", libc::SYS_finit_module, [0, 0, 0]),
+    ("kexec_load", libc::SYS_kexec_load, [0, 0, 0]),
+    ("reboot", libc::SYS_reboot, [0, 0, 0]),
+    ("bpf", libc::SYS_bpf, [0, 0, 0]),
+    ("perf_event_open", libc::SYS_perf_event_open, [0, 0, 0]),
+    ("userfaultfd", libc::SYS_userfaultfd, [0, 0, 0]),
+    ("keyctl", libc::SYS_keyctl, [0, 0, 0]),
+    ("shmget", libc::SYS_shmget, [0, 0, 0]),
+    ("open_by_handle_at", libc::SYS_open_by_handle_at, [0, 0, 0]),
+    ("openat2", libc::SYS_openat2, [0, 0, 0]),
+    ("mknodat", libc::SYS_mknodat, [0, 0, 0]),
+    ("symlinkat", libc::SYS_symlinkat, [0, 0, 0]),
+    ("fchownat", libc::SYS_fchownat, [0, 0, 0]),
+    ("personality", libc::SYS_personality, [0, 0, 0]),
+    ("setrlimit", libc::SYS_setrlimit, [0, 0, 0]),
+    ("mmap", libc::SYS_mmap, [0, 4096, WX]),
+    ("mprotect", libc::SYS_mprotect, [0, 4096, WX]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x5412, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x2284, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x4c00, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0xc138_fd03, 0]),
+    ("ioctl", libc::SYS_ioctl, [-1, 0x4e44, 0]),
+    ("socket", libc::SYS_socket, [libc::AF_PACKET as i64, libc::SOCK_RAW as i64, 0]),
+    ("socket", libc::SYS_socket, [libc::AF_ALG as i64, libc::SOCK_SEQPACKET as i64, 0]),
+    ("clone", libc::SYS_clone, [libc::CLONE_NEWUSER as i64, 0, 0]),
+];
+
+/// What one role has and another must not.
+const DIVIDED: &[(&str, Attempt)] = &[
+    ("iothread", ("openat", libc::SYS_openat, [-100, 0, 0])),
+    ("iothread", ("openat", libc::SYS_openat, [-100, 0, libc::O_RDWR as i64])),
+    ("iothread", ("socket", libc::SYS_socket, [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0])),
+    ("iothread", ("connect", libc::SYS_connect, [-1, 0, 0])),
+    ("iothread", ("bind", libc::SYS_bind, [-1, 0, 0])),
+    ("iothread", ("listen", libc::SYS_listen, [-1, 0, 0])),
+    ("iothread", ("unlinkat", libc::SYS_unlinkat, [-100, 0, 0])),
+    ("iothread", ("linkat", libc::SYS_linkat, [-100, 0, -100])),
+    ("iothread", ("renameat2", libc::SYS_renameat2, [-100, 0, -100])),
+    ("iothread", ("fchmodat", libc::SYS_fchmodat, [-100, 0, 0])),
+    ("iothread", ("truncate", libc::SYS_truncate, [0, 0, 0])),
+    ("iothread", ("newfstatat", libc::SYS_newfstatat, [-100, 0, 0])),
+    ("iothread", ("ioctl", libc::SYS_ioctl, [-1, 0x4018_70c8, 0])),
+    ("iothread", ("io_uring_setup", libc::SYS_io_uring_setup, [1, 0, 0])),
+    ("control", ("io_uring_setup", libc::SYS_io_uring_setup, [1, 0, 0])),
+    ("worker", ("io_uring_setup", libc::SYS_io_uring_setup, [1, 0, 0])),
+    ("worker", ("socket", libc::SYS_socket, [libc::AF_INET as i64, libc::SOCK_STREAM as i64, 0])),
+    ("worker", ("connect", libc::SYS_connect, [-1, 0, 0])),
+    ("connector", ("ioctl", libc::SYS_ioctl, [-1, 0x1277, 0])),
+    ("connector", ("pwrite64", libc::SYS_pwrite64, [-1, 0, 0])),
+    ("reservations", ("openat", libc::SYS_openat, [-100, 0, 0])),
+    ("reservations", ("socket", libc::SYS_socket, [libc::AF_INET as i64, libc::SOCK_STREAM as i64, 0])),
+    // Code only where the name service's modules are loaded.
+    ("control", ("mmap", libc::SYS_mmap, [0, 4096, libc::PROT_EXEC as i64])),
+    ("worker", ("mmap", libc::SYS_mmap, [0, 4096, libc::PROT_EXEC as i64])),
+];
+
+/// What each role needs: it must come back, with whatever error the arguments give.
+const NEEDED: &[(&str, Attempt)] = &[
+    ("control", ("openat", libc::SYS_openat, [-100, 0, libc::O_RDWR as i64])),
+    ("control", ("socket", libc::SYS_socket, [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0])),
+    ("control", ("socket", libc::SYS_socket, [libc::AF_INET6 as i64, libc::SOCK_STREAM as i64, 0])),
+    ("control", ("bind", libc::SYS_bind, [-1, 0, 0])),
+    ("control", ("unlinkat", libc::SYS_unlinkat, [-100, 0, 0])),
+    ("control", ("keyctl", libc::SYS_keyctl, [11, 0, 0])),
+    ("control", ("rt_sigaction", libc::SYS_rt_sigaction, [libc::SIGTERM as i64, 0, 0])),
+    ("control", ("ioctl", libc::SYS_ioctl, [-1, 0x8004_5430, 0])),
+    ("control", ("io_uring_enter", libc::SYS_io_uring_enter, [-1, 0, 0])),
+    ("iothread", ("io_uring_enter", libc::SYS_io_uring_enter, [-1, 0, 0])),
+    ("iothread", ("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])),
+    ("iothread", ("accept4", libc::SYS_accept4, [-1, 0, 0])),
+    ("iothread", ("fallocate", libc::SYS_fallocate, [-1, 0, 0])),
+    ("iothread", ("fdatasync", libc::SYS_fdatasync, [-1, 0, 0])),
+    ("iothread", ("mmap", libc::SYS_mmap, [0, 0, 3])),
+    ("iothread", ("statx", libc::SYS_statx, [-1, 0, libc::AT_EMPTY_PATH as i64])),
+    ("worker", ("openat", libc::SYS_openat, [-100, 0, libc::O_RDWR as i64])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x8008_1272, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x1277, 0])),
+    ("worker", ("ioctl", libc::SYS_ioctl, [-1, 0x4018_70c8, 0])),
+    ("connector", ("socket", libc::SYS_socket, [libc::AF_INET as i64, libc::SOCK_DGRAM as i64, 0])),
+    ("connector", ("socket", libc::SYS_socket, [libc::AF_NETLINK as i64, libc::SOCK_RAW as i64, 0])),
+    ("connector", ("connect", libc::SYS_connect, [-1, 0, 0])),
+    ("connector", ("mmap", libc::SYS_mmap, [0, 0, libc::PROT_EXEC as i64 | libc::PROT_READ as i64])),
+    ("reservations", ("connect", libc::SYS_connect, [-1, 0, 0])),
+    ("reservations", ("sendmsg", libc::SYS_sendmsg, [-1, 0, 0])),
+    ("starter", ("io_uring_setup", libc::SYS_io_uring_setup, [0, 0, 0])),
+    ("starter", ("seccomp", libc::SYS_seccomp, [9, 0, 0])),
+];
+
+fn filters(role: &str) -> Filters {
+    let roles = sandbox::syscall::roles(DAEMON).unwrap();
+    let (_, sections) = roles.into_iter().find(|row| row.0 == role).unwrap();
+    let sections = sections.iter().map(String::as_str).collect();
+    Filters::compile(DAEMON, &[(role, sections)], Mode::Enforce).unwrap()
+}
+
+#[test]
+fn attempt() {
+    support::child(filters, Refusal::End);
+}
+
+/// The same where calls are let fail, as `--sandbox default` has it.
+#[test]
+fn lenient_attempt() {
+    support::child(filters, Refusal::Fail(DAEMON));
+}
+
+#[test]
+fn a_refused_call_fails_and_one_that_is_never_made_ends_the_process() {
+    let program = ("execve", libc::SYS_execve, [0; 3]);
+    must_end(("lenient_attempt", "worker"), &program);
+    for (role, attempt) in DIVIDED {
+        must_be_answered(("lenient_attempt", role), attempt);
+    }
+}
+
+#[test]
+fn escapes_are_refused_in_every_role() {
+    for attempt in ESCAPES {
+        for (role, _) in sandbox::syscall::roles(DAEMON).unwrap() {
+            // To take on a further filter is what the starter is there for.
+            if (role.as_str(), attempt.0) != ("starter", "seccomp") {
+                must_end(("attempt", &role), attempt);
+            }
+        }
+    }
+}
+
+#[test]
+fn roles_do_not_have_each_others_calls() {
+    DIVIDED.iter().for_each(|(role, attempt)| must_end(("attempt", role), attempt));
+}
+
+#[test]
+fn what_a_role_needs_comes_back() {
+    NEEDED.iter().for_each(|(role, attempt)| must_come_back(("attempt", role), attempt));
+}
