@@ -21,7 +21,7 @@ pub fn child(filters: impl FnOnce(&str) -> Filters, then: Refusal) {
         let result = libc::syscall(call, a, b, c, 0, 0, 0);
         let refused = result == -1 && *libc::__errno_location() == libc::EPERM;
         let text = if refused { c"came back refused\n" } else { c"came back\n" };
-        libc::write(1, text.as_ptr().cast(), libc::strlen(text.as_ptr()));
+        libc::write(1, text.as_ptr().cast(), text.count_bytes());
         libc::_exit(0);
     }
 }
