@@ -104,8 +104,8 @@ fn run(arguments: &[String]) -> Result<(), Stop> {
     let confinement = confinement(&steps, pidfile.as_deref())?;
     let prepared = pidfile.as_deref().filter(|_| confinement.is_strict()).and_then(PidFile::prepare);
     let sandbox = confinement.take_on()?;
-    // As long as its handle lives, the main thread is an IOThread that exports can use.
     let pidfile = pidfile.map(|path| (path, prepared));
+    // As long as its handle lives, the main thread is an IOThread that exports can use.
     let main = async |_thread| serve(steps, pidfile, starting, sandbox).await;
     io::run_main("main", io::Params::default(), main)
         .map_err(|error| Error::io("cannot start the event loop", error))?
