@@ -3,6 +3,7 @@
 
 mod damage;
 mod info;
+mod matrix;
 mod options;
 
 use serde_json::{Value, json};

@@ -163,10 +163,14 @@ impl Qcow2 {
     /// Writes refcounts that were put off, upon which the image is dirty no more.
     pub(super) async fn write_lazy(&self) -> IoResult {
         let _turn = self.turn.lock().await;
-        if self.header_now().incompatible & header::DIRTY == 0 {
+        let dirty = self.header_now().incompatible & header::DIRTY != 0;
+        // Counts may have fallen since the last flush, which alone makes nothing dirty.
+        if dirty || !self.refs_are_clean() {
+            self.write_refcounts().await?;
+        }
+        if !dirty {
             return Ok(());
         }
-        self.write_refcounts().await?;
         self.set_header(|header| header.incompatible &= !header::DIRTY).await
     }
 
