@@ -34,7 +34,7 @@ impl Shape {
         let data_file = self.data_file > 0 && self.compressed || self.data_file == 2 && self.backing;
         let backing = self.backing && (self.preallocation != "off" && !self.extended || self.compressed);
         // A compressed image is made by a conversion, which shares clusters: one bit is too narrow for their counts.
-        let narrow = self.compressed && self.refcount_bits < 16 || self.compressed && self.preallocation != "off";
+        let narrow = self.compressed && (self.refcount_bits < 16 || self.preallocation != "off");
         !(old || extended || data_file || backing || narrow)
     }
 
