@@ -259,3 +259,36 @@ fn requests_are_counted() {
     let counts = [count("wr_bytes"), count("rd_bytes"), count("flush_operations")];
     assert!(counts == [4096, 512, 1] || known_defect("X10"), "{counts:?}");
 }
+
+/// The pages that the device writes to while memory is logged, and no others, are in the log.
+#[test]
+fn a_migration_finds_what_was_written() {
+    let daemon = serving("writable=on");
+    let mut front = client(&daemon);
+    front.write(0, &[1; 8192]);
+    let log = vhost::memory(4096);
+    let base = [4096_u64, 0].iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>();
+    front.send(msg::SET_LOG_BASE, 0, &base, &[log.as_fd()]);
+    assert_eq!(front.receive().unwrap().request, msg::SET_LOG_BASE);
+    let logging = front.features | vhost::feature::LOG_ALL;
+    front.tell(msg::SET_FEATURES, &logging.to_le_bytes(), &[]);
+    // The used ring is logged at the guest's address of it.
+    let used = GUEST + 0x8000;
+    front.tell(msg::SET_VRING_ADDR, &FrontEnd::addresses(0, 1, used), &[]);
+    let dirty = || -> Vec<u64> {
+        let mut bits = [0; 4096];
+        std::os::unix::fs::FileExt::read_exact_at(&log, &mut bits, 0).unwrap();
+        (0..4096 * 8).filter(|page| bits[page / 8] & 1 << (page % 8) != 0).map(|page| page as u64).collect()
+    };
+    let page = |at: u64| (GUEST + at) / 4096;
+    front.read(0, 8192);
+    let buffer = front.buffer(0, 0);
+    // Status, two pages of data; the ring.
+    assert_eq!(dirty(), [used / 4096, page(buffer), page(buffer + 4096), page(buffer + 8192)]);
+    log.set_len(0).unwrap();
+    log.set_len(4096).unwrap();
+    let logged = front.features;
+    front.tell(msg::SET_FEATURES, &logged.to_le_bytes(), &[]);
+    front.read(0, 8192);
+    assert_eq!(dirty(), [0; 0], "no longer logged");
+}
