@@ -226,6 +226,32 @@ fn an_image_becomes_read_only_and_writable_again() {
     assert_eq!(refused(&mut qmp, &[making("base")]), "Read-only block node 'over' cannot support read-write users");
 }
 
+#[test]
+fn the_last_word_on_a_node_holds() {
+    // The reference drains the node for good: its clients hang.
+    if on_reference() {
+        return;
+    }
+    let daemon = chain();
+    let mut qmp = daemon.qmp();
+    for name in ["base", "other", "over"] {
+        add(&mut qmp, file(&format!("{name}-file"), name));
+    }
+    for name in ["base", "other"] {
+        add(&mut qmp, json!({"driver": "qcow2", "node-name": name, "file": format!("{name}-file"), "read-only": true}));
+    }
+    add(&mut qmp, qcow2("over", "over-file", Value::Null));
+    export(&mut qmp, "over");
+    let (mut client, _) = daemon.nbd().open("over", Headers::Structured);
+    reopen(&mut qmp, &[qcow2("over", "over-file", json!("base")), qcow2("over", "over-file", json!("other"))]);
+    assert_eq!(client.read(0, 4), [0x22; 4]);
+    assert_eq!(depth(&mut qmp, "over"), 1);
+    qmp.ok("block-export-del", json!({"id": "exp-over", "mode": "hard"}));
+    for name in ["over", "other", "base"] {
+        qmp.ok("blockdev-del", json!({"node-name": name}));
+    }
+}
+
 /// Everything that a failed change must leave as it was.
 fn state(daemon: &Daemon, qmp: &mut qmp::Client) -> (Value, Value, Vec<u64>, Vec<u64>) {
     let locks = |name: &str| read_locked_bytes(&daemon.path(name)).into_iter().collect();

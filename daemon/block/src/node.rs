@@ -253,6 +253,11 @@ impl Node {
         }
     }
 
+    /// The next flush reaches the medium even if nothing is written until then: what is below has changed.
+    pub(crate) fn must_flush(&self) {
+        self.written.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Puts options in force. Control task, with nothing in flight.
     pub(crate) fn set_options(&self, options: NodeOptions, given: Arc<BlockdevOptions>) {
         self.options.store(Arc::new(options));

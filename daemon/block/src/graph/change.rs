@@ -5,7 +5,7 @@
 //! to a node that no longer leads to its data; then the commit, of which no part can fail.
 
 use super::permissions::{self, Overlay};
-use super::{Drained, Graph, above, link, refresh, unlink};
+use super::{Drained, Graph, above, children_first_upwards, link, refresh, unlink};
 use crate::disk;
 use crate::edge::{Edge, Parent, Role};
 use crate::node::{Node, NodeOptions};
@@ -50,6 +50,7 @@ impl Change {
 
     /// `edge` leads to `node` from now on: a child of a node, or the root of an export or a job.
     pub fn move_edge(&mut self, edge: &Arc<Edge>, node: &Arc<Node>) {
+        self.moved.retain(|(other, _)| !Arc::ptr_eq(other, edge));
         self.moved.push((Arc::clone(edge), Arc::clone(node)));
     }
 
@@ -72,6 +73,11 @@ impl Change {
             return Err(Error::generic(format!("Driver '{driver}' of node '{name}' does not support backing files")));
         };
         facet.check(backing)?;
+        // What was asked for last holds.
+        let is_backing = |edge: &Arc<Edge>| edge.role() == Role::Backing;
+        self.added.retain(|(parent, edge)| !(Arc::ptr_eq(parent, node) && is_backing(edge)));
+        self.removed.retain(|(parent, edge)| !(Arc::ptr_eq(parent, node) && is_backing(edge)));
+        self.moved.retain(|(edge, _)| !(is_backing(edge) && edge.parent_node().is_some_and(|p| Arc::ptr_eq(&p, node))));
         let current = node.children().into_iter().find(|edge| edge.role() == Role::Backing);
         match (current, backing) {
             (Some(edge), Some(backing)) => self.moved.push((edge, Arc::clone(backing))),
@@ -270,6 +276,7 @@ impl Graph {
                 prepared.commit();
             }
         }
+        children_first_upwards(&touched).iter().for_each(|node| node.must_flush());
         refresh(&touched).await;
         drop(drained);
         if !change.moved.is_empty() || !change.removed.is_empty() {

@@ -117,6 +117,10 @@ impl Batch<'_> {
         let mut inherited = NodeOptions::default();
         if let Some((owner, role)) = owner(&node) {
             self.reopen_named(&owner)?;
+            // It may have been defined again with its owner.
+            if self.done.contains_key(&id(&node)) {
+                return Ok(());
+            }
             inherited = inherit(&self.options_of(&owner), role);
         }
         self.reopen(&node, given, &inherited)
