@@ -65,7 +65,6 @@ const ESCAPES: &[Call] = &[
     (libc::SYS_rt_sigaction, [libc::SIGSYS as i64, 0, 0]),
     (libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE as i64, 1]),
     (libc::SYS_shmget, [0, 0, 0]),
-    (libc::SYS_symlinkat, [0, -1, 0]),
     (libc::SYS_fchownat, [-1, 0, 0]),
     (libc::SYS_openat2, [-1, 0, 0]),
     (libc::SYS_socket, [libc::AF_PACKET as i64, libc::SOCK_RAW as i64, 0]),
@@ -87,6 +86,7 @@ struct Role {
     made: &'static [Call],
 }
 
+const LINK: Call = (libc::SYS_symlinkat, [0, -1, 0]);
 const RING: Call = (libc::SYS_io_uring_setup, [0, 0, 0]);
 const OPEN: Call = (libc::SYS_openat, [-1, 0, 0]);
 const CONNECT: Call = (libc::SYS_connect, [-1, 0, 0]);
@@ -97,7 +97,7 @@ const FILTER: Call = (libc::SYS_seccomp, [-1, 0, 0]);
 
 const ROLES: &[Role] = &[
     Role { name: "control", refused: &[RING, FILTER], made: &[OPEN, CONNECT, RECEIVE, SYNC] },
-    Role { name: "iothread", refused: &[RING, FILTER, OPEN, CONNECT, DISCARD], made: &[RECEIVE, SYNC] },
+    Role { name: "iothread", refused: &[RING, FILTER, OPEN, LINK, CONNECT, DISCARD], made: &[RECEIVE, SYNC] },
     Role { name: "worker", refused: &[RING, FILTER, CONNECT], made: &[OPEN, SYNC, DISCARD] },
     Role { name: "reservations", refused: &[RING, FILTER, OPEN, DISCARD], made: &[CONNECT, RECEIVE] },
     Role { name: "starter", refused: &[], made: &[RING, OPEN, CONNECT] },
