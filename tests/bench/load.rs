@@ -45,14 +45,19 @@ const REPLY: usize = 16;
 impl Connection {
     /// Connects and enters the export `disk`, to work on `len` bytes from `from`.
     pub fn open(socket: &Path, load: Load, from: u64, len: u64, seed: u64) -> Self {
+        Self::open_export(socket, "disk", load, from, len, seed)
+    }
+
+    /// The same with another export.
+    pub fn open_export(socket: &Path, export: &str, load: Load, from: u64, len: u64, seed: u64) -> Self {
         let mut stream = UnixStream::connect(socket).expect("connect to the server");
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting).expect("the greeting");
         let mut hello = 3_u32.to_be_bytes().to_vec();
         hello.extend(b"IHAVEOPT");
         hello.extend(opt::EXPORT_NAME.to_be_bytes());
-        hello.extend(4_u32.to_be_bytes());
-        hello.extend(b"disk");
+        hello.extend(u32::try_from(export.len()).expect("a short name").to_be_bytes());
+        hello.extend(export.as_bytes());
         stream.write_all(&hello).expect("the handshake");
         let mut answer = [0; 10];
         stream.read_exact(&mut answer).expect("the size of the export");

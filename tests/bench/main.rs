@@ -13,6 +13,7 @@
 
 mod cells;
 mod control;
+mod filters;
 mod fio;
 mod load;
 mod programs;
@@ -30,6 +31,7 @@ struct Options {
     time: Duration,
     only: Option<String>,
     control: bool,
+    filters: bool,
     raw: bool,
     fio: bool,
     programs: Vec<Program>,
@@ -45,6 +47,7 @@ Usage: bench [options]
   --programs A,B     of ours, ours-iothread, ref, ref-uring (all but ours-iothread)
   --size MIB         size of the image (512)
   --no-control       leave out start-up, memory, QMP and nodes
+  --no-filters       leave out throttling and copy-on-read
   --no-raw           leave out the cells without a format
   --fio              cross-check some cells with fio
   --list             list the cells
@@ -57,6 +60,7 @@ fn options() -> Options {
         time: Duration::from_secs(1),
         only: None,
         control: true,
+        filters: true,
         raw: true,
         fio: false,
         programs: vec![Program::Ours, Program::Reference, Program::ReferenceRing],
@@ -69,7 +73,11 @@ fn options() -> Options {
             "--quick" => (options.rounds, options.time) = (1, Duration::from_millis(250)),
             "--rounds" => options.rounds = value().parse().expect("a number of rounds"),
             "--seconds" => options.time = Duration::from_secs_f64(value().parse().expect("a number of seconds")),
-            "--only" => (options.only, options.control) = (Some(value()), false),
+            "--only" => {
+                options.only = Some(value());
+                options.control = false;
+            }
+            "--no-filters" => options.filters = false,
             "--programs" => options.programs = value().split(',').map(Program::named).collect(),
             "--size" => options.size = value().parse::<u64>().expect("a number of MiB") << 20,
             "--no-control" => options.control = false,
@@ -121,6 +129,9 @@ fn main() {
     }
     qcow2::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
     vhost::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
+    if options.filters {
+        filters::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
+    }
     if options.control {
         control::run(&options.programs, options.rounds, &image);
     }

@@ -72,6 +72,11 @@ impl Program {
         matches!(self, Self::OursThread | Self::ReferenceRing)
     }
 
+    /// What this contender adds to the options of an export.
+    pub fn export_options(self) -> &'static str {
+        if self.has_thread() { ",iothread=t0" } else { "" }
+    }
+
     /// What this contender adds to the options of a `file` node.
     pub fn file_options(self) -> &'static str {
         if self == Self::ReferenceRing { ",aio=io_uring" } else { "" }
@@ -96,7 +101,7 @@ impl Program {
 
     /// Starts it with nodes, the last of which is called `disk`, and that one as the writable export `disk`.
     pub fn serve_nodes(self, nodes: &[String]) -> Daemon {
-        let thread = if self.has_thread() { ",iothread=t0" } else { "" };
+        let thread = self.export_options();
         nodes
             .iter()
             .fold(self.setup(), |setup, node| setup.arg("--blockdev").arg(node))

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use tests::nbd::{Headers, cmd};
-use tests::{Daemon, Setup, on_reference};
+use tests::{Daemon, Setup, on_reference, tools};
 
 use crate::MIB;
 
@@ -211,4 +211,48 @@ fn data_survive_narrow_limits() {
     );
     let (mut client, _) = daemon.nbd().open("top", Headers::Simple);
     assert!([0, EINVAL].contains(&client.write(100, 0, &[9; 100])));
+}
+
+/// An error at each step that qcow2 names: the request fails or is made good later, and the image is never damaged.
+#[test]
+fn qcow2_tells_what_it_does() {
+    // On the way of these operations; the events of a load need an image that is opened with data in it.
+    let write = ["write -P 1 0 200k", "write -P 2 1M 1k", "flush"];
+    let events = [
+        "l2_load",
+        "l2_update",
+        "l2_alloc_write",
+        "l1_update",
+        "refblock_load",
+        "refblock_update",
+        "cluster_alloc",
+        "write_aio",
+        "cow_read",
+        "read_aio",
+    ];
+    for event in events {
+        let mut daemon = idle();
+        let path = daemon.path("image").display().to_string();
+        tools::ok("qemu-img", ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", &path, "8M"]);
+        tools::ok("qemu-io", ["-f", "qcow2", "-c", "write -P 9 0 6M", &path]);
+        // Written again: a snapshot makes all tables and clusters to be copied.
+        tools::ok("qemu-img", ["snapshot", "-c", "one", &path]);
+        let mut qmp = daemon.qmp();
+        let rule = json!({ "event": event, "once": true });
+        let file = json!({ "driver": "file", "filename": path });
+        let debug = json!({ "driver": "blkdebug", "image": file, "inject-error": [rule] });
+        qmp.ok("blockdev-add", json!({ "driver": "qcow2", "node-name": "top", "file": debug }));
+        qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "top", "writable": true }));
+        let failed = write.iter().chain(&["read -P 9 4M 1M"]).filter(|command| {
+            let ended = tools::qemu_io_try(&daemon.uri("top"), &[**command]);
+            !ended.status.success() || ended.stdout.contains("failed")
+        });
+        let failed = failed.count();
+        // The reference keeps more in memory until its end than this daemon does.
+        assert!(failed > 0 || on_reference(), "{event}: nothing failed");
+        daemon.stop();
+        let check = tools::run("qemu-img", ["check", "-f", "qcow2", &path]);
+        let code = check.status.code();
+        assert!(matches!(code, Some(0 | 3)), "{event}: {code:?} {}{}", check.stdout, check.stderr);
+    }
 }

@@ -155,3 +155,60 @@ fn a_throttled_daemon_ends() {
     client.send(&Request { cmd: cmd::READ, len: 4096, ..Request::default() });
     daemon.stop();
 }
+
+/// Several threads share a group whose limits change, and whose members come and go: nobody waits for ever, and what is in
+/// flight when a node is drained is let go.
+#[test]
+fn threads_share_a_group() {
+    if on_reference() {
+        skip!("newer-qemu: its threads can block each other, and its timer can be lost");
+    }
+    let daemon = idle();
+    let mut qmp = daemon.qmp();
+    qmp.ok("object-add", group("g", json!({ "limits": { "iops-total": 3000 } })));
+    for thread in 0..4 {
+        qmp.ok("object-add", json!({ "qom-type": "iothread", "id": format!("t{thread}") }));
+        qmp.ok("blockdev-add", throttle(&format!("n{thread}")));
+        // The last one's connections are spread over all threads.
+        let threads = if thread == 3 { json!(["t0", "t1", "t2", "t3"]) } else { json!(format!("t{thread}")) };
+        let export = json!({
+            "type": "nbd", "id": format!("e{thread}"), "node-name": format!("n{thread}"), "writable": true, "iothread": threads
+        });
+        qmp.ok("block-export-add", export);
+    }
+    let done = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for client in 0..8 {
+            let (daemon, done) = (&daemon, &done);
+            scope.spawn(move || {
+                let (mut client, _) = daemon.nbd().open(&format!("n{}", client % 4), Headers::Simple);
+                for round in 0..60 {
+                    // Several at a time, of both directions.
+                    for _ in 0..4 {
+                        client.send(&Request { cmd: cmd::READ, len: 4096, ..Request::default() });
+                    }
+                    let write = Request { cmd: cmd::WRITE, len: 512, payload: vec![1; 512], ..Request::default() };
+                    client.send(&write);
+                    for _ in 0..5 {
+                        assert_eq!(client.reply().error, 0, "round {round}");
+                    }
+                }
+                done.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            });
+        }
+        // Limits that hold everything back for long, none, and the old ones; a member that comes and goes.
+        let mut round = 0_u64;
+        while done.load(std::sync::atomic::Ordering::Relaxed) < 8 {
+            round += 1;
+            let limits = [json!({ "iops-total": 1 }), json!({ "iops-total": 0 }), json!({ "iops-total": 3000 })];
+            set(&mut qmp, limits[usize::try_from(round % 3).unwrap()].clone());
+            qmp.ok("blockdev-add", throttle("more"));
+            qmp.ok("block-export-add", json!({ "type": "nbd", "id": "more", "node-name": "more", "iothread": "t1" }));
+            let (mut client, _) = daemon.nbd().open("more", Headers::Simple);
+            client.send(&Request { cmd: cmd::READ, len: 4096, ..Request::default() });
+            qmp.ok("block-export-del", json!({ "id": "more", "mode": "hard" }));
+            qmp.event("BLOCK_EXPORT_DELETED");
+            qmp.ok("blockdev-del", json!({ "node-name": "more" }));
+        }
+    });
+}

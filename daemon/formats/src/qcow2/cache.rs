@@ -9,7 +9,7 @@
 //! Locks are taken in the order table, block, list of dirty blocks.
 
 use super::bytes::u64_of;
-use block::{Edge, IoResult};
+use block::{BlkdebugEvent, Edge, IoResult};
 use buf::IoBuf;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -75,6 +75,8 @@ pub struct Copy {
 pub struct Cache {
     /// Bytes of a block.
     unit: AtomicUsize,
+    /// What is about to happen when a block is read.
+    load: BlkdebugEvent,
     /// Blocks to keep.
     capacity: AtomicUsize,
     /// Guards the table; never across an await.
@@ -146,10 +148,11 @@ fn capacity(bytes: u64, unit: usize) -> usize {
 }
 
 impl Cache {
-    /// A cache of `bytes` bytes in blocks of `unit` bytes, two at least.
-    pub fn new(bytes: u64, unit: usize) -> Self {
+    /// A cache of `bytes` bytes in blocks of `unit` bytes, two at least. `load` is raised on the file before one is read.
+    pub fn new(bytes: u64, unit: usize, load: BlkdebugEvent) -> Self {
         Self {
             unit: AtomicUsize::new(unit),
+            load,
             capacity: AtomicUsize::new(capacity(bytes, unit)),
             table: RwLock::default(),
             dirty: Mutex::default(),
@@ -255,6 +258,7 @@ impl Cache {
             .state
             .get_or_try_init(|| async {
                 let buf = IoBuf::alloc(self.unit());
+                file.raise(self.load);
                 file.read(at, &buf).await?;
                 Ok(RwLock::new(State { bytes: buf.to_vec(), version: 0, written: 0, gone: false }))
             })
@@ -370,7 +374,7 @@ mod tests {
     use super::*;
 
     fn cache_of(blocks: u64) -> Cache {
-        let cache = Cache::new(blocks * 512, 512);
+        let cache = Cache::new(blocks * 512, 512, BlkdebugEvent::L2Load);
         for i in 0..100 {
             cache.put(i * 512, vec![0; 512]);
             cache.dirty_copies().iter().for_each(|copy| cache.written(copy));

@@ -72,7 +72,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn tables_leave_after_the_interval() {
-        let caches = [(); 2].map(|()| Arc::new(Cache::new(4096, 512)));
+        let caches = [(); 2].map(|()| Arc::new(Cache::new(4096, 512, block::BlkdebugEvent::L2Load)));
         let fill = || {
             caches[0].put(512, vec![0; 512]);
             caches[0].dirty_copies().iter().for_each(|copy| caches[0].written(copy));

@@ -20,7 +20,7 @@ use super::header::{self, Header};
 use super::image::{Free, Qcow2, Turn, lock};
 use super::join::join_all;
 use super::refcount::SECTOR;
-use block::{Edge, IoResult, Span, WriteFlags};
+use block::{BlkdebugEvent, Edge, IoResult, Span, WriteFlags};
 use buf::IoBuf;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -144,9 +144,13 @@ impl Qcow2 {
         for (_, at, bytes) in l1 {
             self.check_overlap(Kinds::ACTIVE_L1, *at, u64_of(bytes.len()))?;
         }
+        if !l2.is_empty() {
+            self.file.raise(BlkdebugEvent::L2Update);
+        }
         write_all(&self.file, l2.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
         if !l1.is_empty() {
             self.file.flush().await?;
+            self.file.raise(BlkdebugEvent::L1Update);
             write_all(&self.file, l1.iter().map(|(_, at, bytes)| (*at, &bytes[..]))).await?;
         }
         self.file.flush().await
@@ -184,11 +188,15 @@ impl Qcow2 {
             for (at, bytes) in &table.pieces {
                 self.check_overlap(Kinds::REFCOUNT_TABLE, *at, u64_of(bytes.len()))?;
             }
+            if !blocks.is_empty() {
+                self.file.raise(BlkdebugEvent::RefblockUpdate);
+            }
             write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
             if table.pieces.is_empty() {
                 return Ok(());
             }
             self.file.flush().await?;
+            self.file.raise(BlkdebugEvent::ReftableUpdate);
             write_all(&self.file, table.pieces.iter().map(|(at, bytes)| (*at, &bytes[..]))).await?;
             if table.moved {
                 self.file.flush().await?;
@@ -275,6 +283,7 @@ impl Qcow2 {
             let _ = self.file.discard(span).await;
         }
         for cluster in free.into_iter().flat_map(|free| free.clusters) {
+            self.file.raise(BlkdebugEvent::ClusterFree);
             if self.refs.release(cluster, &self.file).await.is_err() {
                 // A count that is already 0 would be given away while in use: nothing more is written.
                 self.damage("A cluster that is in use has no refcount");

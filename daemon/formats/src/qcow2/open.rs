@@ -15,7 +15,7 @@ use super::refcount::Refcounts;
 use super::snapshot;
 use super::unpacked::Unpacked;
 use crate::Workers;
-use block::{Edge, OpenContext, Role};
+use block::{BlkdebugEvent, Edge, OpenContext, Role};
 use buf::IoBuf;
 use qapi::types::block::{BlockdevOptions, BlockdevOptionsQcow2, BlockdevRef, BlockdevRefOrNull};
 use qapi::{Error, Qapi, Result};
@@ -42,6 +42,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         at: header.l1_at,
         ..L1::default()
     };
+    file.raise(BlkdebugEvent::ReftableLoad);
     let table = read_table(&file, "reference count table", header.reftable_at, header.reftable_bytes()).await?;
     let refs = Refcounts::new(header.cluster_bits, header.refcount_order, header.reftable_at, &table, caches.refcounts);
     snapshot::check_table(&file, header).await?;
@@ -54,7 +55,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         subclusters: if header.extended_l2() { 32 } else { 1 },
         data_file: data_file.is_some(),
     };
-    let l2 = Arc::new(Cache::new(caches.l2, us(caches.l2_entry)));
+    let l2 = Arc::new(Cache::new(caches.l2, us(caches.l2_entry), BlkdebugEvent::L2Load));
     let image = Qcow2 {
         shape,
         raw_data: header.autoclear & header::RAW_DATA_FILE != 0,

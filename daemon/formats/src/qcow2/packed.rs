@@ -9,7 +9,7 @@ use super::compress;
 use super::entry::{Entry, Place};
 use super::guard::Kinds;
 use super::image::Qcow2;
-use block::{Errno, IoResult, Span, WriteFlags};
+use block::{BlkdebugEvent, Errno, IoResult, Span, WriteFlags};
 use buf::IoBuf;
 
 impl Qcow2 {
@@ -40,12 +40,16 @@ impl Qcow2 {
         let held = self.busy.reserve(Span::new(at, self.shape.cluster()), true).await;
         self.own_table(at).await?;
         let len = u64_of(packed.len());
+        self.file.raise(BlkdebugEvent::ClusterAllocBytes);
         let host = match self.refs.claim_bytes(len, &self.file).await {
             Err(Errno::EUCLEAN) => return Err(self.damage("The refcount structures are damaged")),
             other => other?,
         };
         let written = match self.check_overlap(Kinds::NONE, host, len) {
-            Ok(()) => self.file.write(host, &IoBuf::copy_of(packed), WriteFlags::NONE).await,
+            Ok(()) => {
+                self.file.raise(BlkdebugEvent::WriteCompressed);
+                self.file.write(host, &IoBuf::copy_of(packed), WriteFlags::NONE).await
+            }
             Err(errno) => Err(errno),
         };
         let linked = match written {

@@ -4,7 +4,7 @@ use super::bytes::{u64_of, us};
 use super::compress;
 use super::image::{Qcow2, Where, lock};
 use super::join::join_all;
-use block::{Errno, IoResult, Mapping, Span};
+use block::{BlkdebugEvent, Errno, IoResult, Mapping, Span};
 use buf::IoBuf;
 use std::sync::Arc;
 
@@ -37,10 +37,16 @@ impl Qcow2 {
         match place {
             Where::Zero(_) => buf.fill(0),
             Where::Backing => match self.backing.load_full() {
-                Some(backing) => backing.read(at, &buf).await?,
+                Some(backing) => {
+                    self.file.raise(BlkdebugEvent::ReadBackingAio);
+                    backing.read(at, &buf).await?;
+                }
                 None => buf.fill(0),
             },
-            Where::Data(host) => self.data().read(host, &buf).await?,
+            Where::Data(host) => {
+                self.file.raise(BlkdebugEvent::ReadAio);
+                self.data().read(host, &buf).await?;
+            }
             Where::Packed { at, len, skip } => {
                 let look = |bytes: &[u8]| {
                     let end = (us(skip) + buf.len()).min(bytes.len());
@@ -59,6 +65,7 @@ impl Qcow2 {
             return Err(self.damage("compressed cluster descriptor points outside of the image"));
         }
         let packed = IoBuf::alloc(us(len));
+        self.file.raise(BlkdebugEvent::ReadCompressed);
         self.file.read(at, &packed).await?;
         let (kind, cluster) = (lock(&self.header).compression, us(self.shape.cluster()));
         self.workers.run(move || compress::unpack(kind, &packed.to_vec(), cluster)).await

@@ -6,7 +6,7 @@
 
 use super::bytes::{be16, be32, be64, put32, put64, u64_of, us};
 use super::cache::{Block, Cache};
-use block::{Edge, Errno, IoResult};
+use block::{BlkdebugEvent, Edge, Errno, IoResult};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -134,7 +134,7 @@ impl Refcounts {
             cluster_bits,
             order,
             table: Mutex::new(Table::read(cluster_bits, at, table)),
-            blocks: Arc::new(Cache::new(cache, 1 << cluster_bits)),
+            blocks: Arc::new(Cache::new(cache, 1 << cluster_bits, BlkdebugEvent::RefblockLoad)),
         }
     }
 
@@ -384,6 +384,7 @@ impl Refcounts {
         if !grown {
             return Ok(());
         }
+        file.raise(BlkdebugEvent::ReftableGrow);
         let place = self.claim_row(clusters, file).await?;
         // A place that was outgrown before it was written is left as a leak: that is too rare to be worth bookkeeping.
         let mut table = self.table();

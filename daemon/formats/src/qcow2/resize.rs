@@ -4,7 +4,7 @@ use super::bytes::us;
 use super::header;
 use super::image::{Free, Qcow2, lock};
 use block::driver::Prealloc;
-use block::{Errno, IoResult, Span, WriteFlags, ZeroFlags};
+use block::{BlkdebugEvent, Errno, IoResult, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::{Error, Result};
 use std::sync::PoisonError;
@@ -102,6 +102,7 @@ impl Qcow2 {
         let turn = self.turn.lock().await;
         let bits = self.shape.cluster_bits;
         let clusters = (needed * 8).div_ceil(self.shape.cluster());
+        self.file.raise(BlkdebugEvent::L1GrowAllocTable);
         let place = self.refs.claim_row(clusters, &self.file).await?;
         drop(turn);
         // Its clusters are counted in the image before anything names them.
@@ -117,8 +118,10 @@ impl Qcow2 {
         let mut bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize(us(clusters << bits), 0);
         let at = place.start << bits;
+        self.file.raise(BlkdebugEvent::L1GrowWriteTable);
         self.file.write(at, &IoBuf::copy_of(&bytes), WriteFlags::NONE).await?;
         self.file.flush().await?;
+        self.file.raise(BlkdebugEvent::L1GrowActivateTable);
         let count = u32::try_from(needed).map_err(|_| Errno::EFBIG)?;
         self.set_header(|header| {
             header.l1_at = at;

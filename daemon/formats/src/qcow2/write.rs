@@ -9,7 +9,7 @@ use super::entry::{COPIED, Entry, OFFSET, Place};
 use super::guard::Kinds;
 use super::image::{Free, Qcow2, Where, lock};
 use super::join::join_all;
-use block::{Errno, IoResult, Span, WriteFlags};
+use block::{BlkdebugEvent, Errno, IoResult, Span, WriteFlags};
 use buf::IoBuf;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -69,6 +69,7 @@ impl Qcow2 {
             {
                 self.check_host(host, run.bytes.end - at)?;
                 let part = buf.slice(0, us(run.bytes.end - at));
+                self.file.raise(BlkdebugEvent::WriteAio);
                 self.data().write(host, &part, flags).await?;
                 return Ok(part.len());
             }
@@ -173,11 +174,13 @@ impl Qcow2 {
             if !(old & OFFSET).is_multiple_of(cluster) {
                 return Err(self.unaligned_table(at, old & OFFSET));
             }
+            self.file.raise(BlkdebugEvent::L2AllocCowRead);
             self.file.read(old & OFFSET, &buf).await?;
             buf
         };
         let claimed = self.claim(1, None).await?;
         let table = claimed.start << self.shape.cluster_bits;
+        self.file.raise(BlkdebugEvent::L2AllocWrite);
         if let Err(errno) = self.file.write(table, &content, WriteFlags::NONE).await {
             self.unclaim(claimed.clone()).await;
             return Err(errno);
@@ -194,6 +197,7 @@ impl Qcow2 {
 
     /// Claims up to `most` clusters of the image file in a row.
     pub(super) async fn claim(&self, most: u64, from: Option<u64>) -> IoResult<Range<u64>> {
+        self.file.raise(BlkdebugEvent::ClusterAlloc);
         let claimed = match self.refs.claim(most, from, &self.file).await {
             Err(Errno::EUCLEAN) => return Err(self.damage("The refcount structures are damaged")),
             other => other?,
@@ -300,6 +304,7 @@ impl Qcow2 {
         }
         let data_file = self.data();
         if around.is_empty() {
+            self.file.raise(BlkdebugEvent::WriteAio);
             return data_file.write(to_host(run.bytes.start), data, WriteFlags::NONE).await;
         }
         let first = around.first().map_or(run.bytes.start, |part| part.start.min(run.bytes.start));
@@ -311,7 +316,9 @@ impl Qcow2 {
                 let into = all.slice(us(part.start - first), us(part.end - part.start));
                 async move { self.read_guest(part.start, &into).await }
             });
+            self.file.raise(BlkdebugEvent::CowRead);
             join_all(reads.collect()).await?;
+            self.file.raise(BlkdebugEvent::WriteAio);
             all.copy_from(us(run.bytes.start - first), data);
             return data_file.write(to_host(first), &all, WriteFlags::NONE).await;
         }
@@ -323,6 +330,7 @@ impl Qcow2 {
         for copy in copies {
             all.push(Box::pin(copy));
         }
+        self.file.raise(BlkdebugEvent::WriteAio);
         all.push(Box::pin(data_file.write(to_host(run.bytes.start), data, WriteFlags::NONE)));
         join_all(all).await
     }
@@ -331,7 +339,9 @@ impl Qcow2 {
         let mut at = part.start;
         while at < part.end {
             let buf = IoBuf::alloc(us((part.end - at).min(GATHER)));
+            self.file.raise(BlkdebugEvent::CowRead);
             self.read_guest(at, &buf).await?;
+            self.file.raise(BlkdebugEvent::CowWrite);
             self.data().write(to + (at - part.start), &buf, WriteFlags::NONE).await?;
             at += u64_of(buf.len());
         }
