@@ -112,7 +112,7 @@ fn share(program: Program, clients: u32, time: Duration) -> Vec<u64> {
     let setup = (0..clients).fold(setup.qmp().nbd_server(), |setup, client| {
         setup
             .arg("--blockdev")
-            .arg(format!("throttle,node-name=n{client},throttle-group=g,file.driver=null-co,file.size=1G"))
+            .arg(format!("throttle,node-name=n{client},throttle-group=g,file.driver=null-co,file.size=1073741824"))
             .arg("--export")
             .arg(format!("nbd,id=n{client},node-name=n{client},name=n{client}{}", program.export_options()))
     });

@@ -29,11 +29,24 @@ pub struct Status {
 /// # Errors
 /// The errno of the node that could not tell.
 pub async fn of(top: &Arc<Node>, span: Span) -> IoResult<Status> {
+    walk(top, span, true).await
+}
+
+/// In which layer the first bytes of `span` on `top` are. Whether they are zero is told only where that is known without
+/// asking the host, so this is fit for the path of a request.
+///
+/// # Errors
+/// The errno of the node that could not tell.
+pub async fn layer(top: &Arc<Node>, span: Span) -> IoResult<Status> {
+    walk(top, span, false).await
+}
+
+async fn walk(top: &Arc<Node>, span: Span, precise: bool) -> IoResult<Status> {
     let mut node = Arc::clone(top);
     let mut span = span;
     let mut depth = 1;
     for _ in 0..MAX_DEPTH {
-        let found = node.map(span, true).await?;
+        let found = node.map(span, precise).await?;
         let len = found.len.min(span.len);
         if !found.allocated {
             let backing = node.children().into_iter().find(|edge| edge.role() == Role::Backing);
@@ -52,7 +65,7 @@ pub async fn of(top: &Arc<Node>, span: Span) -> IoResult<Status> {
                 node = edge.node();
                 span = Span::new(at, len);
             }
-            (Some(edge), Some(at)) if found.data && !found.zero && !found.encoded => {
+            (Some(edge), Some(at)) if precise && found.data && !found.zero && !found.encoded => {
                 // Stored by a format: the medium below may still know of a hole. If it does not know, it is data.
                 let below = edge.map(Span::new(at, len), true).await;
                 return Ok(match below {

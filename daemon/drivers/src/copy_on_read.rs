@@ -118,7 +118,7 @@ impl Driver for CopyOnRead {
         let mut done = 0;
         while done < len {
             let rest = buf.slice(usize::try_from(done).unwrap_or(usize::MAX), buf.len());
-            let Ok(found) = status::of(&self.file.node(), Span::new(at + done, len - done)).await else {
+            let Ok(found) = status::layer(&self.file.node(), Span::new(at + done, len - done)).await else {
                 // Nobody can tell what to copy: the data are there all the same.
                 return self.file.read(at + done, &rest).await;
             };
