@@ -96,10 +96,10 @@ fn limits(programs: &[Program]) {
             .iter()
             .map(|program| {
                 let done = share(*program, clients, time);
-                let total: u64 = done.iter().sum();
-                let even = total as f64 / f64::from(clients);
-                let worst = done.iter().map(|done| (*done as f64 / even - 1.0).abs()).fold(0.0, f64::max);
-                format!("{:.1} %, ±{:.1} %", total as f64 / LIMIT / time.as_secs_f64() * 100.0, worst * 100.0)
+                let total: f64 = done.iter().sum();
+                let even = total / f64::from(clients);
+                let worst = done.iter().map(|done| (done / even - 1.0).abs()).fold(0.0, f64::max);
+                format!("{:.1} %, ±{:.1} %", total / LIMIT / time.as_secs_f64() * 100.0, worst * 100.0)
             })
             .collect();
         println!("| {clients} | {} |", row.join(" | "));
@@ -107,7 +107,7 @@ fn limits(programs: &[Program]) {
 }
 
 /// The replies that each client got.
-fn share(program: Program, clients: u32, time: Duration) -> Vec<u64> {
+fn share(program: Program, clients: u32, time: Duration) -> Vec<f64> {
     let setup = program.setup().arg("--object").arg(format!("throttle-group,id=g,limits.iops-total={LIMIT}"));
     let setup = (0..clients).fold(setup.qmp().nbd_server(), |setup, client| {
         setup
@@ -134,7 +134,7 @@ fn share(program: Program, clients: u32, time: Duration) -> Vec<u64> {
                     let start = Instant::now();
                     let done = connection.run(8, time);
                     // The last requests end after the time.
-                    (done as f64 * time.as_secs_f64() / start.elapsed().as_secs_f64()) as u64
+                    done as f64 * time.as_secs_f64() / start.elapsed().as_secs_f64()
                 })
             })
             .collect();
