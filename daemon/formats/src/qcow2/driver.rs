@@ -116,5 +116,7 @@ impl Driver for Qcow2 {
 
     async fn close(&self) {
         self.close_image().await;
+        // The last writes may have found damage too.
+        let _ = self.conclude(Ok(())).await;
     }
 }
