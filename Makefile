@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 30
 # Options of the benchmark: `make bench BENCH=--quick`.
 BENCH ?=
 
-.PHONY: help run build test test-reference tools bench fuzz docs lint fmt clean
+.PHONY: help run build test test-vm test-reference tools bench fuzz docs lint fmt clean
 
 help: ## Show the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -35,6 +35,10 @@ test: tools ## Run every test
 	RUSTFLAGS="--cfg loom" $(CARGO) test -p block --release --target-dir $(TARGET)/loom --lib gate::model || status=1; \
 	if [ -s $(TARGET)/notes ]; then echo "Notes of the tests:"; sort -u $(TARGET)/notes; fi; \
 	exit $$status
+
+test-vm: ## Run the tests on real kernels, in a VM; says why where it cannot
+	$(CARGO) build -p qemu-storage-daemon -p qemu-pr-helper --bins
+	@tests/vm/suite $(abspath $(TARGET))/debug/qemu-pr-helper
 
 test-reference: tools ## Run the same suite against the installed reference
 	QSD_UNDER_TEST=$${QSD_REFERENCE:-/usr/bin/qemu-storage-daemon} $(CARGO) test -p tests --no-fail-fast
