@@ -52,6 +52,14 @@ pub struct Step {
     pub text: String,
 }
 
+impl Step {
+    /// What was typed, for messages, without what may be a secret.
+    pub fn shown(&self) -> &str {
+        let secret = self.kind == Kind::Object && self.value.contains("secret") && self.value.contains("data");
+        if secret { "--object secret" } else { &self.text }
+    }
+}
+
 /// What a command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Invocation {
@@ -286,6 +294,14 @@ mod tests {
         ];
         let expected: Vec<_> = expected.map(|(k, v, t)| (k, v.to_owned(), t.to_owned())).into();
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn messages_do_not_show_secrets() {
+        let words = ["--object", "secret,id=s,data=word", "--object", "iothread,id=i"].map(str::to_owned);
+        let Ok(Invocation::Serve { steps, .. }) = parse(&words) else { panic!("no steps") };
+        let shown: Vec<_> = steps.iter().map(Step::shown).collect();
+        assert_eq!(shown, ["--object secret", "--object iothread,id=i"]);
     }
 
     #[test]

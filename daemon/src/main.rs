@@ -137,7 +137,7 @@ fn confinement(steps: &[Step], pidfile: Option<&str>) -> Result<Confinement, Sto
 /// Says which option an error is about.
 fn in_option(stop: Stop, step: &Step) -> Stop {
     match stop {
-        Stop::Fail(error) => Stop::Fail(error.context(&step.text)),
+        Stop::Fail(error) => Stop::Fail(error.context(step.shown())),
         other => other,
     }
 }

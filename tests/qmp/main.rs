@@ -1,9 +1,12 @@
 //! The QMP protocol on a socket [drop-in A.2].
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
+mod backends;
 mod chardevs;
 mod clients;
+mod descriptors;
 mod dialect;
+mod objects;
 mod session;
 
 use tests::{Daemon, Setup};

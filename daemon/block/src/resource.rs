@@ -14,6 +14,38 @@ pub enum Resource {
     None,
     /// A manager of persistent reservations.
     ReservationManager(Arc<dyn ReservationManager>),
+    /// Bytes that nobody else should know.
+    Secret(Arc<Secret>),
+}
+
+/// Bytes that nobody else should know: the memory is overwritten at the end. They have no way into a message or a log.
+#[derive(PartialEq, Eq)]
+pub struct Secret(Vec<u8>);
+
+impl Secret {
+    /// Takes the bytes.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes themselves.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.fill(0);
+        // Or the compiler would see that nobody reads them any more.
+        std::hint::black_box(&self.0);
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
 }
 
 struct Provided {
@@ -44,6 +76,18 @@ impl Resources {
         self.by_id.get(id).is_some_and(|provided| Arc::strong_count(&provided.users) > 1)
     }
 
+    /// The secret of that id. Who has it keeps it, whatever becomes of the object.
+    ///
+    /// # Errors
+    /// There is no such object, or it is of another type.
+    pub fn secret(&self, id: &str) -> Result<Arc<Secret>> {
+        match self.by_id.get(id) {
+            Some(Provided { resource: Resource::Secret(secret), .. }) => Ok(Arc::clone(secret)),
+            Some(_) => Err(Error::generic(format!("Object with id '{id}' is not a secret"))),
+            None => Err(Error::generic(format!("No secret with id '{id}'"))),
+        }
+    }
+
     /// The manager of that id, for a node.
     ///
     /// # Errors
@@ -72,6 +116,19 @@ mod tests {
         fn execute(&self, _device: OwnedFd, _command: Command) -> Executed {
             Box::pin(async { Err(Sense::NOT_RESPONDING.into()) })
         }
+    }
+
+    #[test]
+    fn secrets_are_found_and_not_shown() {
+        let mut resources = Resources::default();
+        resources.add("s", Resource::Secret(Arc::new(Secret::new(b"abc".to_vec()))));
+        resources.add("x", Resource::None);
+        let secret = resources.secret("s").unwrap();
+        resources.remove("s");
+        assert_eq!(secret.expose(), b"abc");
+        assert_eq!(format!("{secret:?}"), "Secret");
+        assert_eq!(resources.secret("s").unwrap_err().to_string(), "No secret with id 's'");
+        assert_eq!(resources.secret("x").unwrap_err().to_string(), "Object with id 'x' is not a secret");
     }
 
     #[test]

@@ -51,6 +51,11 @@ impl Descriptors {
         Self { sets, ..Self::default() }
     }
 
+    /// The sets.
+    pub fn sets(&self) -> &FdSets {
+        &self.sets
+    }
+
     /// From now on commands come from there; none is the command line.
     pub fn called_by(&mut self, caller: Option<Caller>) {
         self.caller = caller;

@@ -4,7 +4,10 @@
 //! Each type of object has a row in [`TYPES`], a variant of [`Object`] and a file of its own.
 
 mod iothread;
+mod main_loop;
 mod pr_manager_helper;
+mod secret;
+mod thread_context;
 mod throttle_group;
 
 use super::Control;
@@ -13,13 +16,16 @@ use block::resource::Resource;
 use block::throttle::Groups;
 use io::IoThread;
 use iothread::Iothread;
+use main_loop::MainLoop;
 use pr_manager_helper::PrManagerHelper;
 use qapi::types::qom::{
-    ObjectDel, ObjectOptions, ObjectPropertyInfo, ObjectTypeInfo, ObjectVariant, QomGet, QomList, QomListProperties,
-    QomListTypes, QomSet,
+    ObjectDel, ObjectOptions, ObjectPropertiesValues, ObjectPropertyInfo, ObjectPropertyValue, ObjectTypeInfo,
+    ObjectVariant, QomGet, QomList, QomListGet, QomListProperties, QomListTypes, QomSet,
 };
 use qapi::{Error, ErrorClass, Qapi, Result, Value};
+use secret::Secret;
 use std::sync::Arc;
+use thread_context::ThreadContext;
 use throttle_group::ThrottleGroup;
 
 /// What every type of object does with its properties.
@@ -39,7 +45,11 @@ trait UserObject {
 /// An object of the user's, by its type.
 enum Object {
     Iothread(Iothread),
+    MainLoop(MainLoop),
     PrManagerHelper(PrManagerHelper),
+    Secret(Secret),
+    SecretKeyring(Secret),
+    ThreadContext(ThreadContext),
     ThrottleGroup(ThrottleGroup),
 }
 
@@ -47,7 +57,11 @@ impl Object {
     fn type_name(&self) -> &'static str {
         match self {
             Object::Iothread(_) => "iothread",
+            Object::MainLoop(_) => "main-loop",
             Object::PrManagerHelper(_) => "pr-manager-helper",
+            Object::Secret(_) => "secret",
+            Object::SecretKeyring(_) => "secret_keyring",
+            Object::ThreadContext(_) => "thread-context",
             Object::ThrottleGroup(_) => "throttle-group",
         }
     }
@@ -55,7 +69,10 @@ impl Object {
     /// What the object is to nodes, beyond those that they find by themselves.
     fn resource(&self) -> Resource {
         match self {
-            Object::Iothread(_) | Object::ThrottleGroup(_) => Resource::None,
+            Object::Iothread(_) | Object::MainLoop(_) | Object::ThreadContext(_) | Object::ThrottleGroup(_) => {
+                Resource::None
+            }
+            Object::Secret(object) | Object::SecretKeyring(object) => Resource::Secret(object.bytes().clone()),
             Object::PrManagerHelper(object) => Resource::ReservationManager(object.manager().clone()),
         }
     }
@@ -63,7 +80,10 @@ impl Object {
     fn as_user(&self) -> &dyn UserObject {
         match self {
             Object::Iothread(object) => object,
+            Object::MainLoop(object) => object,
             Object::PrManagerHelper(object) => object,
+            Object::Secret(object) | Object::SecretKeyring(object) => object,
+            Object::ThreadContext(object) => object,
             Object::ThrottleGroup(object) => object,
         }
     }
@@ -71,7 +91,10 @@ impl Object {
     fn as_user_mut(&mut self) -> &mut dyn UserObject {
         match self {
             Object::Iothread(object) => object,
+            Object::MainLoop(object) => object,
             Object::PrManagerHelper(object) => object,
+            Object::Secret(object) | Object::SecretKeyring(object) => object,
+            Object::ThreadContext(object) => object,
             Object::ThrottleGroup(object) => object,
         }
     }
@@ -123,6 +146,17 @@ const TYPES: &[Type] = &[
     base("event-loop-base", Some("object")),
     made_by_users("iothread", "event-loop-base", iothread::PROPERTIES),
     base("pr-manager", Some("object")),
+    made_by_users("main-loop", "event-loop-base", main_loop::PROPERTIES),
+    Type {
+        name: "secret_common",
+        parent: Some("object"),
+        is_abstract: true,
+        user_creatable: false,
+        properties: secret::COMMON,
+    },
+    made_by_users("secret", "secret_common", secret::PROPERTIES),
+    made_by_users("secret_keyring", "secret_common", secret::KEYRING_PROPERTIES),
+    made_by_users("thread-context", "object", thread_context::PROPERTIES),
     made_by_users("pr-manager-helper", "pr-manager", &[("path", "string")]),
     made_by_users("throttle-group", "object", throttle_group::PROPERTIES),
     base("chardev", Some("object")),
@@ -169,7 +203,7 @@ impl Place<'_> {
 }
 
 fn property(name: impl Into<String>, ty: impl Into<String>) -> ObjectPropertyInfo {
-    ObjectPropertyInfo { name: name.into(), ty: ty.into() }
+    ObjectPropertyInfo { name: name.into(), ty: ty.into(), description: None, default_value: None }
 }
 
 /// Properties that objects of a type have, without those below them.
@@ -224,6 +258,20 @@ impl Control {
             )));
         }
         let object = match &object {
+            ObjectVariant::MainLoop(properties) => {
+                if self.objects.list.iter().any(|entry| matches!(entry.object, Object::MainLoop(_))) {
+                    return Err(Error::generic("only one main-loop instance allowed"));
+                }
+                Object::MainLoop(MainLoop::take(properties)?)
+            }
+            ObjectVariant::Secret(properties) => {
+                let fdsets = self.descriptors.sets().clone();
+                Object::Secret(Secret::read(properties, &fdsets, self.graph.resources()).await?)
+            }
+            ObjectVariant::SecretKeyring(properties) => {
+                Object::SecretKeyring(Secret::read_key(properties, self.graph.resources())?)
+            }
+            ObjectVariant::ThreadContext(properties) => Object::ThreadContext(ThreadContext::start(&id, properties)?),
             ObjectVariant::Iothread(properties) => Object::Iothread(Iothread::start(&id, properties)?),
             ObjectVariant::PrManagerHelper(properties) => {
                 Object::PrManagerHelper(PrManagerHelper::start(&id, properties, self.handle())?)
@@ -256,7 +304,11 @@ impl Control {
             match entry.object {
                 Object::Iothread(object) => object.thread().stop().await,
                 Object::PrManagerHelper(object) => object.manager().stop(),
-                Object::ThrottleGroup(_) => {}
+                Object::MainLoop(_)
+                | Object::Secret(_)
+                | Object::SecretKeyring(_)
+                | Object::ThreadContext(_)
+                | Object::ThrottleGroup(_) => {}
             }
         }
     }
@@ -311,7 +363,24 @@ impl Control {
     }
 
     pub(super) async fn qom_list(&mut self, args: QomList) -> Result<Vec<ObjectPropertyInfo>> {
-        let place = self.place(&args.path)?;
+        self.properties(&args.path)
+    }
+
+    pub(super) async fn qom_list_get(&mut self, args: QomListGet) -> Result<Vec<ObjectPropertiesValues>> {
+        let mut objects = Vec::new();
+        for path in &args.paths {
+            let with_value = |info: ObjectPropertyInfo| {
+                let value = self.value_of(path, &info.name).ok();
+                ObjectPropertyValue { name: info.name, ty: info.ty, value }
+            };
+            let properties = self.properties(path)?.into_iter().map(with_value).collect();
+            objects.push(ObjectPropertiesValues { properties });
+        }
+        Ok(objects)
+    }
+
+    fn properties(&self, path: &str) -> Result<Vec<ObjectPropertyInfo>> {
+        let place = self.place(path)?;
         let mut all = own_properties(&place.type_name());
         let child = |name: &str, ty: &str| property(name, format!("child<{ty}>"));
         match place {
@@ -328,8 +397,11 @@ impl Control {
     }
 
     pub(super) async fn qom_get(&mut self, args: QomGet) -> Result<Value> {
-        let place = self.place(&args.path)?;
-        let name = args.property.as_str();
+        self.value_of(&args.path, &args.property)
+    }
+
+    fn value_of(&self, path: &str, name: &str) -> Result<Value> {
+        let place = self.place(path)?;
         let below = |branch: &str| Value::from(format!("/{branch}/{name}"));
         let own = match &place {
             _ if name == "type" => return Ok(place.type_name().into()),
@@ -340,7 +412,10 @@ impl Control {
             Place::Chardev(id, _) => self.chardev_property(id, name),
             _ => None,
         };
-        own.ok_or_else(|| no_property(&place, name))
+        own.ok_or_else(|| match self.has_property(&place, name) {
+            true => Error::generic(format!("Property '{}.{name}' is not readable", place.type_name())),
+            false => no_property(&place, name),
+        })
     }
 
     pub(super) async fn qom_set(&mut self, args: QomSet) -> Result<()> {
@@ -365,7 +440,9 @@ impl Control {
                 Place::Root => name == "objects" || name == "chardevs",
                 Place::Objects => self.object(name).is_some(),
                 Place::Chardevs => self.chardev(name).is_some(),
-                Place::Object(entry) => entry.object.as_user().get(name).is_some(),
+                Place::Object(entry) => {
+                    own_properties(entry.object.type_name()).iter().any(|property| property.name == name)
+                }
                 Place::Chardev(id, _) => self.chardev_property(id, name).is_some(),
             }
     }

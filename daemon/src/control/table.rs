@@ -63,6 +63,7 @@ pub const COMMANDS: &[Row] = commands! {
     ObjectOptions => object_add,
     ObjectDel => object_del,
     QomList => qom_list,
+    QomListGet => qom_list_get,
     QomGet => qom_get,
     QomSet => qom_set,
     QomListTypes => qom_list_types,
@@ -120,6 +121,7 @@ pub const EVENTS: &[fn() -> &'static qapi::def::EventDef] = &[
     <PrManagerStatusChanged as Event>::event,
     <QuorumFailure as Event>::event,
     <QuorumReportBad as Event>::event,
+    <VserportChange as Event>::event,
 ];
 
 /// The command of that name.

@@ -305,6 +305,17 @@ pub struct ChardevSendBreak {
     pub id: String,
 }
 
+/// The other side of a port of a virtual machine was opened or closed. There are no such ports in a storage daemon; clients
+/// find the event in the schema.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(event = "VSERPORT_CHANGE", since = "2.1")]
+pub struct VserportChange {
+    /// The name of the port.
+    pub id: String,
+    /// Whether it is open.
+    pub open: bool,
+}
+
 /// How bytes are written as text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Qapi)]
 #[qapi(since = "1.4")]

@@ -36,6 +36,75 @@ pub struct PrManagerHelperProperties {
     pub path: String,
 }
 
+/// Properties of the thread on which everything runs that has no thread of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "7.1")]
+pub struct MainLoopProperties {
+    /// Requests that gather before they are handed to the kernel, at most; 0, the default, lets the daemon decide.
+    pub aio_max_batch: Option<i64>,
+    /// Threads that are kept ready for blocking operations.
+    pub thread_pool_min: Option<i64>,
+    /// Threads for blocking operations at most.
+    pub thread_pool_max: Option<i64>,
+}
+
+/// How the bytes of a secret are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "2.6")]
+pub enum SecretFormat {
+    /// As they are.
+    #[default]
+    Raw,
+    /// In base64.
+    Base64,
+}
+
+/// What all secrets have.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "2.6")]
+pub struct SecretCommon {
+    /// How the bytes are written; `raw` if nothing is given.
+    pub format: Option<SecretFormat>,
+    /// The secret with the key, 32 bytes, for one that is encrypted with AES-256 in CBC mode.
+    pub keyid: Option<String>,
+    /// The initialization vector for that, 16 bytes in base64.
+    pub iv: Option<String>,
+}
+
+/// Bytes that nobody else should know, in a file or here.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "2.6")]
+pub struct SecretProperties {
+    /// Format and encryption.
+    #[qapi(flatten)]
+    pub common: SecretCommon,
+    /// The bytes. Who sees the command line or the tree of objects sees them too.
+    pub data: Option<String>,
+    /// The file with the bytes, at most 1 MiB.
+    pub file: Option<String>,
+}
+
+/// Bytes that nobody else should know, in the kernel's keyring.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "5.1")]
+pub struct SecretKeyringProperties {
+    /// Format and encryption.
+    #[qapi(flatten)]
+    pub common: SecretCommon,
+    /// The serial number of the key.
+    pub serial: i32,
+}
+
+/// A thread from which others inherit the processors that they run on.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+#[qapi(since = "7.2")]
+pub struct ThreadContextProperties {
+    /// The processors; all that the process may use if nothing is given.
+    pub cpu_affinity: Option<Vec<u16>>,
+    /// The nodes of memory whose processors are meant.
+    pub node_affinity: Option<Vec<u16>>,
+}
+
 /// An object to make.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(command = "object-add", since = "2.0")]
@@ -53,8 +122,17 @@ pub struct ObjectOptions {
 pub enum ObjectVariant {
     /// A thread that runs requests of exports.
     Iothread(IothreadProperties),
+    /// Properties of the first thread.
+    MainLoop(MainLoopProperties),
     /// Carries out commands about persistent reservations.
     PrManagerHelper(PrManagerHelperProperties),
+    /// Bytes that nobody else should know.
+    Secret(SecretProperties),
+    /// The same in the kernel's keyring.
+    #[qapi(rename = "secret_keyring")]
+    SecretKeyring(SecretKeyringProperties),
+    /// A thread from which others inherit their processors.
+    ThreadContext(ThreadContextProperties),
     /// Limits of throughput that several nodes share.
     ThrottleGroup(Box<ThrottleGroupProperties>),
 }
@@ -68,7 +146,7 @@ pub struct ObjectDel {
 }
 
 /// A property of an object.
-#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[derive(Debug, Clone, PartialEq, Qapi)]
 #[qapi(since = "1.2")]
 pub struct ObjectPropertyInfo {
     /// Its name.
@@ -76,6 +154,11 @@ pub struct ObjectPropertyInfo {
     /// Its type: `bool`, `int`, `string`, ..., or `child<TYPE>` for an object below this one.
     #[qapi(rename = "type")]
     pub ty: String,
+    /// What it is for, where there is more to say than the name does.
+    pub description: Option<String>,
+    /// Its value in a new object, where that is known.
+    #[qapi(since = "5.0")]
+    pub default_value: Option<Value>,
 }
 
 /// Lists the properties of an object, the objects below it among them.
@@ -84,6 +167,35 @@ pub struct ObjectPropertyInfo {
 pub struct QomList {
     /// Where the object stands, for instance `/objects`. Without a slash in front: the one object whose path ends so.
     pub path: String,
+}
+
+/// A property of an object with its value.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(since = "10.1")]
+pub struct ObjectPropertyValue {
+    /// Its name.
+    pub name: String,
+    /// Its type, as `qom-list` has it.
+    #[qapi(rename = "type")]
+    pub ty: String,
+    /// Its value. Left out if it cannot be read.
+    pub value: Option<Value>,
+}
+
+/// The properties of one object with their values.
+#[derive(Debug, Clone, PartialEq, Qapi)]
+#[qapi(since = "10.1")]
+pub struct ObjectPropertiesValues {
+    /// Its properties.
+    pub properties: Vec<ObjectPropertyValue>,
+}
+
+/// Reads all properties of several objects at once, in their order.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "qom-list-get", returns = "Vec<ObjectPropertiesValues>", since = "10.1")]
+pub struct QomListGet {
+    /// Where the objects stand, as for `qom-list`.
+    pub paths: Vec<String>,
 }
 
 /// Reads a property of an object.

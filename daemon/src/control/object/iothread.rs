@@ -22,7 +22,7 @@ const DEFAULT_POLL_MAX_NS: i64 = 0;
 
 /// The properties as the user sees them.
 #[derive(Clone, Copy)]
-struct Values {
+pub(super) struct Values {
     aio_max_batch: i64,
     thread_pool_min: i64,
     thread_pool_max: i64,
@@ -38,7 +38,7 @@ pub struct Iothread {
 }
 
 impl Values {
-    fn new(given: &IothreadProperties) -> Self {
+    pub(super) fn new(given: &IothreadProperties) -> Self {
         let defaults = io::Params::default();
         let or = |given: Option<i64>, default: usize| given.unwrap_or(i64::try_from(default).unwrap_or(i64::MAX));
         Self {
@@ -51,7 +51,7 @@ impl Values {
         }
     }
 
-    fn place(&mut self, name: &str) -> Option<&mut i64> {
+    pub(super) fn place(&mut self, name: &str) -> Option<&mut i64> {
         match name {
             "aio-max-batch" => Some(&mut self.aio_max_batch),
             "thread-pool-min" => Some(&mut self.thread_pool_min),
@@ -63,8 +63,17 @@ impl Values {
         }
     }
 
+    /// The values with another one for a property.
+    pub(super) fn with(mut self, name: &str, value: &Value) -> Result<Self> {
+        let value = integer(name, value)?;
+        if let Some(place) = self.place(name) {
+            *place = value;
+        }
+        Ok(self)
+    }
+
     /// The values as the thread takes them.
-    fn params(self) -> Result<io::Params> {
+    pub(super) fn params(self) -> Result<io::Params> {
         let within = |name: &str, value: i64| {
             u64::try_from(value).map_err(|_| Error::generic(format!("{name} value must be in range [0, {}]", i64::MAX)))
         };
@@ -109,11 +118,7 @@ impl UserObject for Iothread {
     }
 
     fn set(&mut self, name: &str, value: &Value) -> Result<()> {
-        let value = integer(name, value)?;
-        let mut values = self.values;
-        if let Some(place) = values.place(name) {
-            *place = value;
-        }
+        let values = self.values.with(name, value)?;
         let params = values.params()?;
         self.thread.set_thread_pool(params.thread_pool_min, params.thread_pool_max);
         self.thread.set_polling(params.polling);
