@@ -587,7 +587,7 @@ fn thousands_of_devices_leave_nothing() {
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
     };
     let threads = || fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().count();
-    let mut round = |qmp: &mut qmp::Client| {
+    let round = |qmp: &mut qmp::Client| {
         let unix = json!({"type": "unix", "data": {"path": "x.sock"}});
         for (id, kind, data) in [
             ("n", "null", json!({"logfile": "log"})),
