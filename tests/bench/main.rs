@@ -15,6 +15,7 @@ mod cells;
 mod control;
 mod filters;
 mod fio;
+mod fuse;
 mod load;
 mod programs;
 mod qcow2;
@@ -132,6 +133,7 @@ fn main() {
     if options.filters {
         filters::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
     }
+    fuse::run(&options.programs, options.rounds, &image, options.time, options.only.as_deref());
     if options.control {
         control::run(&options.programs, options.rounds, &image);
     }

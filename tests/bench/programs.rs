@@ -68,7 +68,8 @@ impl Program {
         if self.has_thread() { setup.line("--object iothread,id=t0") } else { setup }
     }
 
-    fn has_thread(self) -> bool {
+    /// Whether it has the IOThread `t0`.
+    pub fn has_thread(self) -> bool {
         matches!(self, Self::OursThread | Self::ReferenceRing)
     }
 

@@ -45,6 +45,9 @@ fn kill_while_writing(setup: Setup, kill_after: u64) -> Option<()> {
     wait_for("some records", || (durable.load(Ordering::SeqCst) >= kill_after).then_some(()));
     mounted.daemon.crash();
     writer.join().unwrap();
+    // The kernel ends what a ring had in flight a moment after the process, and its locks with it.
+    let locked = mounted.daemon.path("a.img");
+    wait_for("the locks to go", || tests::locks::read_locked_bytes(&locked).is_empty().then_some(()));
     let count = durable.load(Ordering::SeqCst);
     let (image, flat) = (mounted.daemon.path("a.img"), mounted.daemon.path("flat.img"));
     let (image, flat) = (image.display().to_string(), flat.display().to_string());

@@ -4,6 +4,7 @@
 mod attributes;
 mod crash;
 mod data;
+mod errors;
 mod interop;
 mod lifecycle;
 mod options;

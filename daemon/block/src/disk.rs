@@ -7,6 +7,7 @@
 use crate::driver::{Span, WriteFlags, ZeroFlags};
 use crate::edge::{Edge, Parent, Role};
 use crate::gate::{Entered, Gate};
+use crate::halt::{Halt, OnError};
 use crate::node::Node;
 use crate::perm::Perms;
 use crate::report::Reporter;
@@ -45,6 +46,7 @@ pub(crate) struct Inner {
     pub allow_inactive: bool,
     reporter: Reporter,
     stats: Stats,
+    halt: Halt,
     /// Guards the listeners. Control task and set-up only, never across an await.
     on_resize: Mutex<Vec<OnResize>>,
 }
@@ -80,6 +82,7 @@ impl Disk {
             allow_inactive,
             reporter,
             stats: Stats::default(),
+            halt: Halt::default(),
             on_resize: Mutex::default(),
         });
         Self { inner }
@@ -120,6 +123,27 @@ impl Disk {
         &self.inner.stats
     }
 
+    /// Says what becomes of requests that fail; without it the user gets each error. Every error is reported as an event then,
+    /// with `name` as the device.
+    pub fn handle_errors(&self, name: String, policy: OnError) {
+        self.inner.halt.set(name, policy);
+    }
+
+    /// Requests that wait after an error.
+    pub fn waiting(&self) -> usize {
+        self.inner.halt.waiting()
+    }
+
+    /// Lets requests that wait after an error try again.
+    pub fn resume(&self) {
+        self.inner.halt.resume();
+    }
+
+    /// The user is about to go: requests that wait after an error fail, and none waits from now on.
+    pub fn give_up(&self) {
+        self.inner.halt.end();
+    }
+
     /// Has `listener` called after each resize, for as long as the disk lives.
     pub fn on_resize(&self, listener: OnResize) {
         self.inner.on_resize.lock().unwrap_or_else(PoisonError::into_inner).push(listener);
@@ -137,18 +161,30 @@ impl Disk {
         }
     }
 
-    async fn request(&self, op: Op, span: Span, work: impl AsyncFnOnce(&Node) -> IoResult) -> IoResult {
-        let started = Instant::now();
-        let _entered = self.enter(op, span).await?;
-        let node = self.inner.edge.node();
-        let result = work(&node).await;
-        let ended = Instant::now();
-        for stats in [&self.inner.stats, node.stats()] {
-            stats.took(op, started, ended);
+    async fn request(&self, op: Op, span: Span, work: impl AsyncFn(&Node) -> IoResult) -> IoResult {
+        loop {
+            let started = Instant::now();
+            let entered = self.enter(op, span).await?;
+            let node = self.inner.edge.node();
+            let result = work(&node).await;
+            let ended = Instant::now();
+            for stats in [&self.inner.stats, node.stats()] {
+                stats.took(op, started, ended);
+            }
+            let bytes = if op == Op::Flush { 0 } else { span.len };
+            self.inner.stats.done(op, bytes, result.is_ok());
+            drop(entered);
+            match result {
+                Ok(()) => return Ok(()),
+                Err(errno) if !self.failed(op, errno, &node).await => return Err(errno),
+                Err(_) => {}
+            }
         }
-        let bytes = if op == Op::Flush { 0 } else { span.len };
-        self.inner.stats.done(op, bytes, result.is_ok());
-        result
+    }
+
+    /// After an error, which is rare: whether to try again.
+    async fn failed(&self, op: Op, errno: Errno, node: &Node) -> bool {
+        Box::pin(self.inner.halt.try_again(op, errno, node.name(), &self.inner.reporter)).await
     }
 
     /// Fills `buf` with the bytes from `at`.

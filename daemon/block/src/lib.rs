@@ -9,6 +9,7 @@
 //! | [`gate`] | [`gate::Gate`]: lets requests in and counts them; a drain closes it and waits for zero |
 //! | [`overlap`] | serialises requests on overlapping bytes |
 //! | [`perm`] | permissions, their combination and the texts of their conflicts |
+//! | `halt` | requests that wait after an error instead of failing ([`OnError`]) |
 //! | [`graph`] | [`Graph`]: the only writer: adds, deletes, resizes, attaches; plan, then drain, then commit |
 //! | [`reopen`] | what a driver does about changes of its options and children |
 //! | [`report`] | what drivers and exports report to the daemon, for the events of its clients |
@@ -38,6 +39,7 @@ pub mod edge;
 pub mod fault;
 pub mod gate;
 pub mod graph;
+mod halt;
 pub mod join;
 pub mod node;
 pub mod overlap;
@@ -56,6 +58,7 @@ pub use disk::Disk;
 pub use driver::{Driver, DynDriver, Facts, ImageDetails, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
 pub use edge::{Edge, Role};
 pub use graph::{Graph, OpenContext, Opener};
+pub use halt::OnError;
 
 pub use nix::errno::Errno;
 pub use node::{Node, NodeOptions};

@@ -99,6 +99,7 @@ fn the_schema_fits_into_the_references() {
             "block-export-add arguments.type=vhost-user-blk.addr.type=inet.keep-alive-idle",
             "block-export-add arguments.type=vhost-user-blk.addr.type=inet.keep-alive-interval",
             "block-export-add arguments.type=vhost-user-blk.serial",
+            "block-export-add arguments.x-on-error",
             "blockdev-add arguments.driver=blkdebug.inject-error[].delay-ns",
             "blockdev-add arguments.driver=x-fault",
             "chardev-add arguments.backend.type=file.data.logtimestamp",
@@ -114,6 +115,7 @@ fn the_schema_fits_into_the_references() {
             "query-block arguments.flat",
             "query-block return[].inserted.children",
             "query-block return[].inserted.image.limits",
+            "query-block-exports return[].x-statistics",
             "query-blockstats return[].driver-specific.driver=x-fault",
         ]
     );

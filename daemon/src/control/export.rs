@@ -5,7 +5,8 @@
 
 use super::{Control, Message};
 use block::disk::DiskOptions;
-use block::{Disk, Errno, IoResult, Node};
+use block::stats::Op;
+use block::{Disk, Errno, IoResult, Node, OnError};
 use export::fuse::{AllowOther, FuseDriver, Mounts};
 use export::nbd::{NbdDriver, NbdServer, NbdServerParams};
 use export::vhost_user_blk::VhostUserBlkDriver;
@@ -13,10 +14,10 @@ use export::{Export, ExportDriver, ExportParams, Resize, Resized};
 use io::IoThread;
 use io::socket;
 use qapi::types::export::{
-    BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOptions,
-    BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportType, BlockExportVariant,
-    FuseExportAllowOther, NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove,
-    NbdServerStop, QueryBlockExports,
+    BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOnError, BlockExportOptions,
+    BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportStatistics, BlockExportType,
+    BlockExportVariant, FuseExportAllowOther, NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy,
+    NbdServerRemove, NbdServerStop, QueryBlockExports, XBlockExportResume,
 };
 use qapi::types::sockets::SocketAddressVariant;
 use qapi::{Error, Result, Variants};
@@ -132,6 +133,7 @@ impl Control {
 
     pub(super) async fn nbd_server_stop(&mut self, _: NbdServerStop) -> Result<()> {
         let server = self.exports.nbd.take().ok_or_else(|| Error::generic("NBD server not running"))?;
+        server.exports().iter().for_each(|export| export.disk().give_up());
         for export in server.stop().await.into_iter().rev() {
             self.export_closed(export.id()).await;
         }
@@ -167,6 +169,14 @@ impl Control {
             true => self.graph.attach_inactive(&node, &disk_options).await?,
             false => self.graph.attach(&node, &disk_options).await?,
         };
+        if let Some(policy) = options.x_on_error {
+            let policy = match policy {
+                BlockExportOnError::Report => OnError::Report,
+                BlockExportOnError::Stop => OnError::Stop,
+                BlockExportOnError::Enospc => OnError::Enospc,
+            };
+            disk.handle_errors(options.id.clone(), policy);
+        }
         let params = ExportParams {
             id: options.id.clone(),
             writable: options.writable,
@@ -230,6 +240,7 @@ impl Control {
             let hint = "Use mode='hard' to force client disconnect";
             return Err(Error::generic(format!("export '{}' still in use", args.id)).with_hint(hint));
         }
+        entry.disk.give_up();
         entry.export.request_shutdown();
         let gone = (!used).then(|| {
             let (tell, gone) = oneshot::channel();
@@ -272,8 +283,14 @@ impl Control {
         let _ = reply.send(result.map_err(|error| errno_of(&error)));
     }
 
+    pub(super) async fn x_block_export_resume(&mut self, args: XBlockExportResume) -> Result<()> {
+        self.exports.find(&args.id)?.disk.resume();
+        Ok(())
+    }
+
     /// Ends all exports and the servers, and waits for their clients to be gone.
     pub(super) async fn close_exports(&mut self) {
+        self.exports.list.iter().for_each(|entry| entry.disk.give_up());
         if self.exports.nbd.is_some() {
             // It runs, so it can be stopped.
             let _ = self.nbd_server_stop(NbdServerStop).await;
@@ -292,6 +309,7 @@ impl Control {
             ty: entry.ty,
             node_name: entry.node_name.clone(),
             shutting_down: entry.export.is_shutting_down(),
+            x_statistics: statistics(&entry.disk),
         };
         Ok(self.exports.list.iter().rev().map(info).collect())
     }
@@ -312,6 +330,7 @@ impl Control {
             writable,
             writethrough: false,
             allow_inactive: false,
+            x_on_error: None,
         })
         .await
     }
@@ -335,4 +354,23 @@ fn errno_of(error: &Error) -> Errno {
         source = inner.source();
     }
     Errno::EINVAL
+}
+
+/// The counters of an export's disk.
+fn statistics(disk: &Disk) -> BlockExportStatistics {
+    let stats = disk.stats();
+    let [read, write, flush, unmap] = [Op::Read, Op::Write, Op::Flush, Op::Unmap].map(|op| stats.read(op));
+    let all = [read, write, flush, unmap];
+    BlockExportStatistics {
+        rd_bytes: read.bytes,
+        wr_bytes: write.bytes,
+        unmap_bytes: unmap.bytes,
+        rd_operations: read.operations,
+        wr_operations: write.operations,
+        flush_operations: flush.operations,
+        unmap_operations: unmap.operations,
+        failed_operations: all.iter().map(|counters| counters.failed).sum(),
+        invalid_operations: all.iter().map(|counters| counters.invalid).sum(),
+        waiting_operations: u64::try_from(disk.waiting()).unwrap_or(u64::MAX),
+    }
 }

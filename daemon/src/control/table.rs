@@ -102,6 +102,7 @@ pub const COMMANDS: &[Row] = commands! {
     NbdServerStop => nbd_server_stop,
     BlockExportOptions => block_export_add,
     QueryBlockExports => query_block_exports,
+    XBlockExportResume => x_block_export_resume,
     QueryPrManagers => query_pr_managers,
     ; beside
     NbdServerRemove => nbd_server_remove,

@@ -127,7 +127,7 @@ impl File {
             }
         }
         if !ours && (uid.is_some() || gid.is_some()) {
-            return Err(Errno::EPERM);
+            return Err(Errno::ENOTSUP);
         }
         if let Some(size) = size {
             self.writable(Errno::EACCES)?;

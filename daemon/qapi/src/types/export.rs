@@ -158,6 +158,50 @@ pub enum BlockExportIothreads {
     Multi(Vec<String>),
 }
 
+/// What becomes of a request of an export that fails. A flush is never kept waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
+pub enum BlockExportOnError {
+    /// The client gets the error.
+    Report,
+    /// It waits until `x-block-export-resume` has it tried again, or the export ends.
+    Stop,
+    /// As `stop` if there is no space left, as `report` otherwise.
+    Enospc,
+}
+
+/// Has the requests of an export tried again that wait after an error.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(command = "x-block-export-resume", unstable)]
+pub struct XBlockExportResume {
+    /// The name of the export.
+    pub id: String,
+}
+
+/// What the clients of an export did.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
+pub struct BlockExportStatistics {
+    /// Bytes read.
+    pub rd_bytes: u64,
+    /// Bytes written.
+    pub wr_bytes: u64,
+    /// Bytes discarded.
+    pub unmap_bytes: u64,
+    /// Reads.
+    pub rd_operations: u64,
+    /// Writes.
+    pub wr_operations: u64,
+    /// Flushes.
+    pub flush_operations: u64,
+    /// Discards.
+    pub unmap_operations: u64,
+    /// Requests of all kinds that failed.
+    pub failed_operations: u64,
+    /// Requests of all kinds that were refused because they were out of bounds.
+    pub invalid_operations: u64,
+    /// Requests that wait after an error now.
+    pub waiting_operations: u64,
+}
+
 /// Exports a node.
 #[derive(Debug, Clone, PartialEq, Qapi)]
 #[qapi(command = "block-export-add", since = "5.2")]
@@ -183,6 +227,10 @@ pub struct BlockExportOptions {
     /// A node that is not active stays so, with errors for clients; otherwise it is activated.
     #[qapi(default, since = "10.0")]
     pub allow_inactive: bool,
+    /// What becomes of requests that fail. With it each failure is told by the event `BLOCK_IO_ERROR`, whose device is the
+    /// name of the export. Otherwise clients get the errors, and nobody else hears of them.
+    #[qapi(unstable)]
+    pub x_on_error: Option<BlockExportOnError>,
 }
 
 /// The sorts of exports.
@@ -229,6 +277,9 @@ pub struct BlockExportInfo {
     pub node_name: String,
     /// It is being removed.
     pub shutting_down: bool,
+    /// What its clients did.
+    #[qapi(unstable)]
+    pub x_statistics: BlockExportStatistics,
 }
 
 /// Lists the exports.
