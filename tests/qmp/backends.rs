@@ -136,7 +136,6 @@ fn what_is_wrong_is_said() {
         ("hub", json!({"chardevs": ["a"]}), "chardev 'a' is already in use"),
         ("hub", json!({"chardevs": ["m"]}), stacked("m").as_str()),
         ("hub", json!({"chardevs": ["c", "h"]}), stacked("h").as_str()),
-        ("hub", json!({"chardevs": ["c", "d", "e", "c", "d"]}), "hub: too many uses of chardevs 'x' (maximum is 4)"),
         ("socket", json!({"addr": unix, "tls-creds": "t"}), "No TLS credentials with id 't'"),
         ("socket", json!({"addr": unix, "tls-authz": "t"}), "'tls_authz' option requires 'tls_creds' option"),
         ("socket", json!({"addr": unix, "server": false, "websocket": true}), "Websocket client is not implemented"),
@@ -167,6 +166,8 @@ fn what_is_wrong_is_said() {
         assert_eq!(refusal, Err("mux: multiplexers can't be stacked, check chardev 'm'".to_owned()));
         let refusal = add(&mut qmp, "x", "ringbuf", json!({"size": 1_u64 << 40}));
         assert_eq!(refusal, Err("size of ringbuf chardev must be at most 1073741824".to_owned()));
+        let refusal = add(&mut qmp, "x", "hub", json!({"chardevs": ["c", "d", "e", "c", "d"]}));
+        assert_eq!(refusal, Err("hub: too many uses of chardevs 'x' (maximum is 4)".to_owned()));
         let refusal = add(&mut qmp, "x", "hub", json!({"chardevs": ["d", "d"]}));
         assert_eq!(refusal, Err("chardev 'd' is already in use".to_owned()));
     }
@@ -209,7 +210,9 @@ fn a_ring_keeps_what_was_written_last() {
     ] {
         assert_eq!(qmp.refused("ringbuf-read", arguments), text);
     }
-    assert_eq!(fs::read(daemon.path("log")).unwrap(), b"0123456789abcdefXYZ\xff\xfe\0a\xc3\xa9");
+    if !on_reference() {
+        assert_eq!(fs::read(daemon.path("log")).unwrap(), b"0123456789abcdefXYZ\xff\xfe\0a\xc3\xa9");
+    }
 }
 
 /// The path of a pseudo terminal's link, opened and left until there is something to read.
@@ -486,9 +489,12 @@ fn log_files() {
         .start();
     let mut qmp = daemon.qmp();
     qmp.ok("ringbuf-write", json!({"device": "r", "data": "after\n"}));
-    assert_eq!(fs::read_to_string(daemon.path("kept")).unwrap(), "before\nafter\n");
-    let new = fs::read(daemon.path("new")).unwrap();
-    assert_eq!(String::from_utf8_lossy(&new), String::from_utf8_lossy(&qmp.transcript));
+    if !on_reference() {
+        // The reference leaves out what does not come from a monitor.
+        assert_eq!(fs::read_to_string(daemon.path("kept")).unwrap(), "before\nafter\n");
+    }
+    // A client may have its bytes before they are in the file.
+    wait_for("the log file", || (fs::read(daemon.path("new")).unwrap() == qmp.transcript).then_some(()));
     if on_reference() {
         return;
     }
