@@ -10,6 +10,8 @@
 //! | `check` | checks of images |
 //! | `fault` | the fault node of tests |
 //! | `query` | what nodes are and did |
+//! | `job` | jobs |
+//! | `snapshot` | overlays, snapshots inside images, transactions |
 //! | `export` | exports and the NBD server |
 //! | `reservation` | persistent reservations of nodes, and their managers |
 //! | `object` | objects and the tree of objects |
@@ -22,10 +24,12 @@ mod check;
 mod descriptors;
 mod export;
 mod fault;
+mod job;
 mod monitor;
 mod object;
 mod query;
 mod reservation;
+mod snapshot;
 mod table;
 
 pub use descriptors::Caller;
@@ -73,6 +77,10 @@ pub enum Message {
         /// Whether it is connected.
         connected: bool,
     },
+    /// The work of a job wants something of the graph.
+    GraphWork(jobs::GraphWork),
+    /// The work of a job, by its number, has something to say.
+    JobReport(u64, jobs::Report),
     /// The process was asked to end, by a signal or because its only way in has gone.
     Shutdown,
 }
@@ -121,6 +129,7 @@ enum Executed {
 pub struct Control {
     graph: Graph,
     exports: export::Exports,
+    jobs: jobs::Jobs,
     objects: object::Objects,
     chardevs: crate::chardev::Chardevs,
     descriptors: descriptors::Descriptors,
@@ -148,6 +157,7 @@ impl Control {
             reports: events.tell_reports(graph.reporter().clone()),
             graph,
             exports: export::Exports::default(),
+            jobs: job::none(&events),
             objects,
             chardevs: crate::chardev::Chardevs::new(fdsets.clone(), move || quitter.send(Message::Shutdown)),
             descriptors: descriptors::Descriptors::new(fdsets),
@@ -199,6 +209,8 @@ impl Control {
             Message::PrManagerStatus { id, connected } => self.pr_manager_status(id, connected),
             Message::ExportResize(wish) => self.export_resize(wish).await,
             Message::ExportClosed(id) => self.export_closed(&id).await,
+            Message::GraphWork(work) => work.carry_out(&mut self.graph).await,
+            Message::JobReport(serial, report) => self.job_report(serial, report).await,
             Message::Shutdown => self.quit = true,
         }
     }
@@ -219,6 +231,7 @@ impl Control {
     pub async fn shut_down(&mut self) {
         self.graph.release_all();
         self.close_exports().await;
+        self.close_jobs().await;
         self.graph.close_all().await;
         self.close_objects().await;
         self.reports.abort();

@@ -15,6 +15,7 @@ use crate::fault::FaultControl;
 use crate::perm::Perms;
 use crate::reopen::{Backing, ChildList, Reopen};
 use crate::reservation::Reservations;
+use crate::snapshot::Snapshots;
 use buf::IoBuf;
 use nix::errno::Errno;
 use qapi::types::block_filters::BlkdebugEvent;
@@ -291,6 +292,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// The snapshots inside the image, where the driver is a format that has them.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+
     /// How the image is checked, where the driver is a format that can.
     fn check_control(&self) -> Option<&dyn Check> {
         None
@@ -402,6 +408,8 @@ macro_rules! mirror {
             fn abort_perms(&self);
             /// [`Driver::fault_control`].
             fn fault_control(&self) -> Option<&dyn FaultControl>;
+            /// [`Driver::snapshots`].
+            fn snapshots(&self) -> Option<&dyn Snapshots>;
             /// [`Driver::check_control`].
             fn check_control(&self) -> Option<&dyn Check>;
             /// [`Driver::hears_events`].
@@ -462,6 +470,9 @@ macro_rules! mirror {
             }
             fn fault_control(&self) -> Option<&dyn FaultControl> {
                 Driver::fault_control(self)
+            }
+            fn snapshots(&self) -> Option<&dyn Snapshots> {
+                Driver::snapshots(self)
             }
             fn check_control(&self) -> Option<&dyn Check> {
                 Driver::check_control(self)

@@ -6,11 +6,13 @@
 
 mod activity;
 mod change;
+mod hold;
 mod open;
 mod permissions;
 mod reopen;
 
 pub use change::Change;
+pub use hold::{CreateContext, Held};
 pub use open::{OpenContext, Opener};
 use permissions::Overlay;
 

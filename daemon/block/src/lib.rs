@@ -15,6 +15,7 @@
 //! | [`report`] | what drivers and exports report to the daemon, for the events of its clients |
 //! | [`reservation`] | persistent reservations: what a medium, a manager and a filter do about them |
 //! | [`resource`] | the objects that nodes can name |
+//! | [`snapshot`] | snapshots inside an image |
 //! | [`status`] | block status over a chain: what is data, what is zero, how deep it lies |
 //! | [`stats`] | counters of nodes and disks |
 //! | [`check`] | the facet of a format that can check its image |
@@ -48,6 +49,7 @@ pub mod reopen;
 pub mod report;
 pub mod reservation;
 pub mod resource;
+pub mod snapshot;
 pub mod stats;
 pub mod status;
 #[cfg(any(test, feature = "testing"))]
@@ -57,8 +59,8 @@ pub mod throttle;
 pub use disk::Disk;
 pub use driver::{Driver, DynDriver, Facts, ImageDetails, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
 pub use edge::{Edge, Role};
-pub use graph::{Graph, OpenContext, Opener};
 pub use halt::OnError;
+pub use graph::{CreateContext, Graph, OpenContext, Opener};
 
 pub use nix::errno::Errno;
 pub use node::{Node, NodeOptions};

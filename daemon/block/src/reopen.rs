@@ -79,6 +79,11 @@ pub trait Backing: Send + Sync {
         Ok(())
     }
 
+    /// The image names another backing file from now on; nothing is opened or moved. Nothing is in flight.
+    ///
+    /// The name or the format does not fit into the image, or it cannot be written; it is as it was then.
+    fn rename<'a>(&'a self, name: &'a str, format: &'a str) -> LocalFuture<'a, Result<()>>;
+
     /// This is the edge to the backing file from now on. Cannot fail; nothing is in flight.
     fn set(&self, edge: Option<Arc<Edge>>);
 }

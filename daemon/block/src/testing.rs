@@ -8,11 +8,12 @@ pub use crash::{CrashDriver, History, Step};
 
 use crate::clock::Clock;
 use crate::driver::{Driver, Facts, LocalFuture, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
-use crate::graph::{Graph, OpenContext, Opener};
+use crate::graph::{CreateContext, Graph, OpenContext, Opener};
 use crate::{DynDriver, IoResult};
 use buf::IoBuf;
 use nix::errno::Errno;
 use qapi::types::block::BlockdevOptions;
+use qapi::types::create::BlockdevCreateOptions;
 use qapi::{Error, Result};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -253,6 +254,13 @@ impl Opener for NoDrivers {
         _cx: &'a mut OpenContext<'_>,
         _options: &'a BlockdevOptions,
     ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>> {
+        Box::pin(async { Err(Error::generic("there are no drivers in this test")) })
+    }
+    fn create<'a>(
+        &'a self,
+        _cx: &'a mut dyn CreateContext,
+        _options: &'a BlockdevCreateOptions,
+    ) -> LocalFuture<'a, Result<()>> {
         Box::pin(async { Err(Error::generic("there are no drivers in this test")) })
     }
 }

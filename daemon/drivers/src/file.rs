@@ -11,12 +11,14 @@
 //! | `reservation` | persistent reservations, by the kernel or a manager |
 //! | `space` | zeroes, discards, holes, lengths |
 
+mod create;
 mod open;
 mod permissions;
 mod reopen;
 mod reservation;
 mod space;
 
+pub use create::create;
 pub use open::{open_cdrom, open_device, open_regular};
 
 use arc_swap::{ArcSwap, ArcSwapOption};

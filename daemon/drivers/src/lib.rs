@@ -37,8 +37,9 @@ pub mod throttle;
 use block::clock::{Clock, SystemClock};
 use block::driver::LocalFuture;
 use block::throttle::Groups;
-use block::{DynDriver, OpenContext, Opener};
+use block::{CreateContext, DynDriver, OpenContext, Opener};
 use qapi::types::block::{BlockdevDriverOptions, BlockdevOptions};
+use qapi::types::create::{BlockdevCreateOptions, BlockdevCreateVariant};
 use qapi::{Error, Result};
 use std::sync::Arc;
 
@@ -100,6 +101,21 @@ impl Opener for Drivers {
                     return Err(Error::generic("Formats are not among the drivers of this table"));
                 }
             })
+        })
+    }
+
+    fn create<'a>(
+        &'a self,
+        _cx: &'a mut dyn CreateContext,
+        options: &'a BlockdevCreateOptions,
+    ) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            match &options.driver {
+                BlockdevCreateVariant::File(file) => file::create(&self.fdsets, file).await,
+                BlockdevCreateVariant::Qcow2(_) => {
+                    Err(Error::generic("Formats are not among the drivers of this table"))
+                }
+            }
         })
     }
 }

@@ -14,9 +14,10 @@ mod workers;
 pub use workers::Workers;
 
 use block::driver::LocalFuture;
-use block::{DynDriver, OpenContext, Opener};
+use block::{CreateContext, DynDriver, OpenContext, Opener};
 use qapi::Result;
 use qapi::types::block::{BlockdevDriverOptions, BlockdevOptions};
+use qapi::types::create::{BlockdevCreateOptions, BlockdevCreateVariant};
 
 /// The table of the formats of this crate, in front of a table of the other drivers.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +45,17 @@ impl<Rest: Opener> Opener for Formats<Rest> {
                 Ok(driver)
             }),
             _ => self.rest.open(cx, options),
+        }
+    }
+
+    fn create<'a>(
+        &'a self,
+        cx: &'a mut dyn CreateContext,
+        options: &'a BlockdevCreateOptions,
+    ) -> LocalFuture<'a, Result<()>> {
+        match &options.driver {
+            BlockdevCreateVariant::Qcow2(qcow2) => Box::pin(qcow2::create(cx, qcow2)),
+            _ => self.rest.create(cx, options),
         }
     }
 }

@@ -12,6 +12,7 @@
 
 mod blkdev;
 mod channel;
+mod create;
 mod direct;
 mod doorbell;
 mod extent;

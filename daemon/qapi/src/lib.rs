@@ -44,7 +44,7 @@ use input::{Input, Members, Syntax};
 /// | struct | object; `Option<T>` is an optional member, `#[qapi(default = expr)]` an optional one with a default |
 /// | field with `#[qapi(flatten)]` | base: its members stand among the struct's own |
 /// | field with `#[qapi(variants, tag = "driver")]` | the variant part of a union, and its tag |
-/// | enum with `#[qapi(variants, tag_enum = "BlockdevDriver")]` | the variants; makes the tag enum, or uses `tag_type` |
+/// | enum with `#[qapi(variants, tag_enum = "BlockdevDriver")]` | the variants; makes the tag enum, or uses `tag_type`; `refuse = "..."` is the message for its other values |
 /// | enum with `#[qapi(alternate)]` | alternate: a branch for each JSON type, tried in order |
 /// | enum without data | enum, with `ALL`, `as_str`, `Display` and `FromStr` |
 /// | `String` `bool` `i8..i64` `u8..u64` `f64` [`Size`] [`Value`] [`Null`] `Vec<T>` `Box<T>` | the built-in types |

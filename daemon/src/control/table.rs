@@ -5,8 +5,8 @@ use block::driver::LocalFuture;
 use qapi::def::CommandDef;
 use qapi::schema::Schema;
 use qapi::types::{
-    block::*, block_check::*, block_event::*, block_query::*, chardev::*, control::*, descriptors::*, export::*,
-    fault::*, qom::*, reservation::*,
+    block::*, block_check::*, block_event::*, block_query::*, chardev::*, control::*, create::BlockdevCreate,
+    descriptors::*, export::*, fault::*, job::*, qom::*, reservation::*, snapshot::*,
 };
 use qapi::{Command, Event, Qapi, Result, Value};
 
@@ -100,6 +100,28 @@ pub const COMMANDS: &[Row] = commands! {
     NbdServerOptionsLegacy => nbd_server_start,
     NbdServerAddOptions => nbd_server_add,
     NbdServerStop => nbd_server_stop,
+    BlockdevCreate => blockdev_create,
+    BlockdevSnapshot => blockdev_snapshot,
+    BlockdevSnapshotSync => blockdev_snapshot_sync,
+    BlockdevSnapshotInternalSync => blockdev_snapshot_internal_sync,
+    BlockdevSnapshotDeleteInternalSync => blockdev_snapshot_delete_internal_sync,
+    ChangeBackingFile => change_backing_file,
+    Transaction => transaction,
+    QueryJobs => query_jobs,
+    JobPause => job_pause,
+    JobResume => job_resume,
+    JobCancel => job_cancel,
+    JobComplete => job_complete,
+    JobFinalize => job_finalize,
+    JobDismiss => job_dismiss,
+    QueryBlockJobs => query_block_jobs,
+    BlockJobPause => block_job_pause,
+    BlockJobResume => block_job_resume,
+    BlockJobCancel => block_job_cancel,
+    BlockJobComplete => block_job_complete,
+    BlockJobFinalize => block_job_finalize,
+    BlockJobDismiss => block_job_dismiss,
+    BlockJobSetSpeed => block_job_set_speed,
     BlockExportOptions => block_export_add,
     QueryBlockExports => query_block_exports,
     XBlockExportResume => x_block_export_resume,
@@ -119,6 +141,7 @@ pub const EVENTS: &[fn() -> &'static qapi::def::EventDef] = &[
     <BlockImageCorrupted as Event>::event,
     <BlockIoError as Event>::event,
     <BlockWriteThreshold as Event>::event,
+    <JobStatusChange as Event>::event,
     <PrManagerStatusChanged as Event>::event,
     <QuorumFailure as Event>::event,
     <QuorumReportBad as Event>::event,

@@ -1,7 +1,7 @@
 //! Opens the nodes of a `blockdev-add`, aside of the graph, and takes them in when all of them stand.
 
 use super::permissions::Overlay;
-use super::{Graph, link, permissions, unlink_children};
+use super::{CreateContext, Graph, link, permissions, unlink_children};
 use crate::driver::{DynDriver, LocalFuture};
 use crate::edge::{Edge, Parent, Role};
 use crate::node::{DetectZeroes, Node, NodeOptions};
@@ -10,6 +10,7 @@ use crate::reservation::ManagerUse;
 use nix::errno::Errno;
 use qapi::opts::is_identifier;
 use qapi::types::block::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef};
+use qapi::types::create::BlockdevCreateOptions;
 use qapi::{Error, Result};
 use std::sync::{Arc, OnceLock};
 
@@ -28,6 +29,15 @@ pub trait Opener: Send + Sync {
         cx: &'a mut OpenContext<'_>,
         options: &'a BlockdevOptions,
     ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>>;
+
+    /// Makes the image that `options` describe, in nodes that it gets through `cx`.
+    ///
+    /// The errors are the driver's. An image that is not complete is not one: what is left of it cannot be opened.
+    fn create<'a>(
+        &'a self,
+        cx: &'a mut dyn CreateContext,
+        options: &'a BlockdevCreateOptions,
+    ) -> LocalFuture<'a, Result<()>>;
 }
 
 /// What a driver gets to open itself with.
@@ -127,7 +137,12 @@ impl OpenContext<'_> {
         Ok(edge)
     }
 
-    async fn open_node(&mut self, options: &BlockdevOptions, inherited: &NodeOptions, root: bool) -> Result<Arc<Node>> {
+    pub(super) async fn open_node(
+        &mut self,
+        options: &BlockdevOptions,
+        inherited: &NodeOptions,
+        root: bool,
+    ) -> Result<Arc<Node>> {
         let name = self.choose_name(options.node_name.as_deref(), root)?;
         self.name = name.as_str().into();
         self.options = effective(options, inherited)?;
@@ -192,7 +207,7 @@ impl OpenContext<'_> {
     }
 
     /// The commit of an addition: permissions, then names.
-    async fn take_in(mut self, root: Result<Arc<Node>>) -> Result<Arc<Node>> {
+    pub(super) async fn take_in(mut self, root: Result<Arc<Node>>) -> Result<Arc<Node>> {
         let done = match root {
             Ok(root) => match permissions::plan(std::slice::from_ref(&root), &[], &Overlay::default(), &[]) {
                 Ok(plan) => plan.carry_out().await.map(|()| root),
@@ -316,7 +331,7 @@ impl Graph {
         self.implicit_opens = allow;
     }
 
-    fn open_context(&mut self, options: NodeOptions) -> OpenContext<'_> {
+    pub(super) fn open_context(&mut self, options: NodeOptions) -> OpenContext<'_> {
         OpenContext {
             graph: self,
             name: "".into(),

@@ -55,6 +55,23 @@ impl Graph {
     }
 }
 
+impl Graph {
+    /// Makes a node read-only, or writable again, and what was made inside it likewise. Nothing happens to a node that is so.
+    ///
+    /// # Errors
+    /// Those of [`Graph::change`]. Nothing has changed then.
+    pub async fn set_read_only(&mut self, node: &Arc<Node>, read_only: bool) -> Result<()> {
+        let Some(given) = node.given().filter(|_| node.options().read_only != read_only) else { return Ok(()) };
+        let given = Arc::new(BlockdevOptions { read_only: Some(read_only), ..(*given).clone() });
+        let inherited = owner(node).map_or_else(NodeOptions::default, |(owner, role)| inherit(&owner.options(), role));
+        let mut batch =
+            Batch { graph: self, explicit: HashMap::new(), done: HashMap::new(), change: Change::default() };
+        batch.keep(node, &given, &inherited)?;
+        let change = batch.change;
+        self.change(change).await
+    }
+}
+
 /// What the new options say of a child.
 enum Child {
     /// Nothing.

@@ -3,7 +3,8 @@
 use super::permissions::Locks;
 use super::{Able, Discards, FileDriver, Medium, Settings};
 use arc_swap::{ArcSwap, ArcSwapOption};
-use block::OpenContext;
+use block::reservation::ManagerUse;
+use block::{NodeOptions, OpenContext};
 use io::{Access, Engine, FdSetUse, FdSets, File, FileKind, ImageLock, IoThread, Locking, OpenHow};
 use qapi::types::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
 use qapi::{Error, Result};
@@ -44,13 +45,24 @@ async fn open(
     fdsets: &FdSets,
     options: &BlockdevOptionsFile,
 ) -> Result<FileDriver> {
-    let (node, filename) = (&cx.options, options.filename.as_str());
+    let manager = options.pr_manager.as_deref().map(|id| cx.reservation_manager(id)).transpose()?;
+    open_path(name, &cx.options, manager, fdsets, options).await
+}
+
+/// Opens the file or device for a node with these common options.
+pub(super) async fn open_path(
+    name: &'static str,
+    node: &NodeOptions,
+    manager: Option<ManagerUse>,
+    fdsets: &FdSets,
+    options: &BlockdevOptionsFile,
+) -> Result<FileDriver> {
+    let filename = options.filename.as_str();
     if filename.is_empty() {
         return Err(Error::generic(format!("The '{name}' block driver requires a file name")));
     }
     let access = if node.read_only || node.auto_read_only { Access::ReadOnly } else { Access::ReadWrite };
     let how = OpenHow { access, direct: node.direct, engine: engine(options.aio, node.direct)? };
-    let manager = options.pr_manager.as_deref().map(|id| cx.reservation_manager(id)).transpose()?;
     let (mut file, passed) = match passed(fdsets, filename, how)? {
         Some((file, from_set)) => (checked(name, filename, file).await?, Some((fdsets.clone(), from_set))),
         None => (open_checked(name, filename, how).await?, None),

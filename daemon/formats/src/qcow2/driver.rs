@@ -4,6 +4,7 @@ use super::image::Qcow2;
 use block::check::Check;
 use block::driver::Prealloc;
 use block::reopen::{Backing, Reopen};
+use block::snapshot::Snapshots;
 use block::{Driver, Edge, Facts, ImageDetails, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::{Error, Result};
@@ -95,6 +96,10 @@ impl Driver for Qcow2 {
     }
 
     fn backing(&self) -> Option<&dyn Backing> {
+        Some(self)
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
     }
 

@@ -3,12 +3,12 @@
 use super::bytes::{be32, be64, us};
 use qapi::{Error, Result};
 
-const END: u32 = 0;
-const BACKING_FORMAT: u32 = 0xe279_2aca;
-const FEATURE_NAMES: u32 = 0x6803_f857;
+pub(super) const END: u32 = 0;
+pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
 const CRYPTO: u32 = 0x0537_be77;
-const DATA_FILE: u32 = 0x4441_5441;
+pub(super) const DATA_FILE: u32 = 0x4441_5441;
 
 /// Where the directory of bitmaps is [qcow2 §Bitmaps extension].
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -82,7 +82,8 @@ pub struct Qcow2 {
     /// What shows through where the image stores nothing. Replaced by the control task, while nothing is in flight.
     pub(super) backing: ArcSwapOption<Edge>,
     /// The name that the image has for it.
-    pub(super) backing_name: Option<String>,
+    /// Guards the name; never across an await.
+    pub(super) backing_name: Mutex<Option<String>>,
     pub(super) shape: Shape,
     /// Guards the header as it is in the image. Changed by flushes only, one at a time.
     pub(super) header: Mutex<Header>,

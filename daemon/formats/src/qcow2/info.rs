@@ -3,7 +3,7 @@
 use super::bytes::be16;
 use super::bytes::{be32, be64, u64_of, us};
 use super::header::{self, Compression};
-use super::image::Qcow2;
+use super::image::{Qcow2, lock};
 use super::snapshot::{FIXED, MAX_TABLE};
 use block::driver::ImageDetails;
 use buf::IoBuf;
@@ -15,7 +15,7 @@ const MAX_ENTRY: u64 = FIXED + 1024 + 2 * 65535;
 impl Qcow2 {
     pub(super) async fn details(&self) -> ImageDetails {
         let header = self.header_now();
-        let named = self.backing_name.clone();
+        let named = lock(&self.backing_name).clone();
         ImageDetails {
             dirty: Some(header.incompatible & header::DIRTY != 0),
             cluster_size: u32::try_from(header.cluster_size()).ok(),

@@ -2,7 +2,8 @@
 //!
 //! | module | noun |
 //! | --- | --- |
-//! | `header`, `extensions` | the first cluster |
+//! | `header`, `extensions`, `start` | the first cluster |
+//! | `create` | a new image |
 //! | `entry` | L2 entries, standard and extended |
 //! | `cache`, `cleaner` | metadata in memory |
 //! | `image` | an open image; guest offset → place |
@@ -11,7 +12,7 @@
 //! | `read`, `compress`, `unpacked` | reading |
 //! | `write`, `packed`, `zero`, `resize` | changing |
 //! | `flush` | what is written in which order |
-//! | `snapshot` | internal snapshots, kept |
+//! | `snapshot`, `switch` | internal snapshots; all metadata changes by one write of the header |
 //! | `bitmap` | bitmaps of the image, which record writes |
 //! | `guard`, `damage` | what is not overwritten, and what becomes of a damaged image |
 //! | `check`, `repair` | checking and repairing |
@@ -25,6 +26,7 @@ mod cache;
 pub mod check;
 mod cleaner;
 mod compress;
+mod create;
 mod damage;
 mod driver;
 mod entry;
@@ -45,9 +47,12 @@ mod reopen;
 mod repair;
 mod resize;
 mod snapshot;
+mod start;
+mod switch;
 mod unpacked;
 mod write;
 mod zero;
 
+pub use create::create;
 pub use image::Qcow2;
 pub use open::open;

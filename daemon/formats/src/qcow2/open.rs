@@ -86,7 +86,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         file,
         data_file,
         backing: backing.into(),
-        backing_name: start.backing_name,
+        backing_name: start.backing_name.into(),
     };
     let read = image.guard_anew().await;
     read.map_err(|errno| Error::io("Could not read the snapshots' tables", errno.into()))?;

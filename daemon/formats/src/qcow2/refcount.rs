@@ -161,6 +161,15 @@ impl Refcounts {
         Width(self.order).write(bytes, index, value);
     }
 
+    /// The block with index `index` of an image whose first `clusters` clusters are used once each.
+    pub fn full_block(&self, index: u64, clusters: u64) -> Vec<u8> {
+        let mut bytes = vec![0; 1 << self.cluster_bits];
+        for i in 0..clusters.saturating_sub(index * self.per_block()).min(self.per_block()) {
+            self.write(&mut bytes, i, 1);
+        }
+        bytes
+    }
+
     /// Offset of the block with index `index`, 0 if there is none.
     fn block_at(&self, table: &Table, index: u64) -> IoResult<u64> {
         let at = table.entries.get(us(index)).copied().unwrap_or(0);
@@ -461,6 +470,13 @@ impl Refcounts {
         let table = self.table();
         let blocks = table.entries.iter().filter(|at| **at != 0).map(|at| at >> self.cluster_bits).collect();
         (table.saved.clone(), blocks)
+    }
+
+    /// The refcount blocks: index and place, in bytes.
+    pub fn block_places(&self) -> Vec<(u64, u64)> {
+        let table = self.table();
+        let blocks = (0..).zip(&table.entries).filter(|(_, at)| **at != 0);
+        blocks.map(|(index, at)| (index, *at)).collect()
     }
 
     /// Whether `cluster` is part of the table as it is now or in the image.

@@ -1,13 +1,16 @@
 //! Options and the backing file of an open image change.
 
+use super::bytes::{be32, be64, us};
 use super::header;
-use super::image::Qcow2;
+use super::image::{Qcow2, lock};
 use super::open::check_features;
 use super::options::Tuning;
+use super::start;
 use block::driver::LocalFuture;
 use block::perm::Bits;
 use block::reopen::{Backing, NewOptions, Prepared, Reopen};
-use block::{Edge, Errno, Node, Perms, Role};
+use block::{Edge, Errno, Node, Perms, Role, WriteFlags};
+use buf::IoBuf;
 use qapi::types::block::BlockdevDriverOptions;
 use qapi::{Error, Result};
 use std::sync::Arc;
@@ -84,7 +87,7 @@ impl Prepared for Waiting<'_> {
 
 impl Backing for Qcow2 {
     fn named(&self) -> Option<String> {
-        self.backing_name.clone()
+        lock(&self.backing_name).clone()
     }
 
     fn check(&self, node: Option<&Arc<Node>>) -> Result<()> {
@@ -94,12 +97,47 @@ impl Backing for Qcow2 {
         Ok(())
     }
 
+    fn rename<'a>(&'a self, name: &'a str, format: &'a str) -> LocalFuture<'a, Result<()>> {
+        Box::pin(async move {
+            self.name_backing(name, format).await.map_err(|error| {
+                let text = format!("Could not change backing file to '{name}'");
+                if name.len() > 1023 { Error::generic(text) } else { error.context(text) }
+            })
+        })
+    }
+
     fn set(&self, edge: Option<Arc<Edge>>) {
         self.backing.store(edge);
     }
 }
 
 impl Qcow2 {
+    /// Writes the first cluster anew, with another name of the backing file.
+    async fn name_backing(&self, name: &str, format: &str) -> Result<()> {
+        let failed = |errno: Errno| Error::io("Could not write the header", errno.into());
+        self.prepare().await.map_err(failed)?;
+        self.write_out().await.map_err(failed)?;
+        let _turn = self.turn.lock().await;
+        let cluster = self.shape.cluster();
+        let old = IoBuf::alloc(us(cluster));
+        self.file.read(0, &old).await.map_err(failed)?;
+        let old = old.to_vec();
+        let mut header = self.header_now();
+        let split = us(header.header_len.into()).min(old.len());
+        let (fixed, rest) = old.split_at(split);
+        let end = if header.backing_at == 0 { rest.len() } else { us(header.backing_at).saturating_sub(split) };
+        let mut records = start::records(rest.get(..end).unwrap_or_default());
+        start::set_backing_format(&mut records, Some(format).filter(|_| !name.is_empty()));
+        let first = start::first_cluster(fixed, &records, Some(name), cluster)?;
+        self.file.write(0, &IoBuf::copy_of(&first), WriteFlags::NONE).await.map_err(failed)?;
+        self.file.flush().await.map_err(failed)?;
+        header.backing_at = be64(&first, 8);
+        header.backing_len = be32(&first, 16);
+        *lock(&self.header) = header;
+        *lock(&self.backing_name) = Some(name.to_owned()).filter(|name| !name.is_empty());
+        Ok(())
+    }
+
     /// Whether the image is never written to.
     pub(super) fn is_read_only(&self) -> bool {
         self.read_only.load(Ordering::Acquire)

@@ -19,6 +19,8 @@ pub struct Container {
     pub tag_enum: Option<LitStr>,
     /// The existing enum that is the tag of a variants enum.
     pub tag_type: Option<Type>,
+    /// The message for values of the tag that have no variant.
+    pub refuse: Option<String>,
     /// The command whose arguments these are.
     pub command: Option<String>,
     /// What the command returns.
@@ -135,6 +137,8 @@ impl Container {
                     out.tag_enum = Some(meta.value()?.parse()?);
                 } else if meta.path.is_ident("tag_type") {
                     out.tag_type = Some(meta.value()?.parse::<LitStr>()?.parse()?);
+                } else if meta.path.is_ident("refuse") {
+                    out.refuse = Some(string(&meta)?);
                 } else if meta.path.is_ident("command") {
                     out.command = Some(string(&meta)?);
                 } else if meta.path.is_ident("returns") {

@@ -44,9 +44,13 @@ pub fn expand_variants(input: &DeriveInput, container: &Container, data: &DataEn
     };
     // An existing tag type may have values that this union has no variant for: they carry nothing here and are refused.
     let refuse_others = container.tag_type.as_ref().map(|_| {
+        let error = match &container.refuse {
+            Some(text) => quote! { ::qapi::Error::generic(#text) },
+            None => quote! { __members.no_variant(other.as_str()) },
+        };
         quote! {
-            #[allow(unreachable_patterns)]
-            other => ::core::result::Result::Err(__members.no_variant(other.as_str())),
+            #[allow(unreachable_patterns, unused_variables)]
+            other => ::core::result::Result::Err(#error),
         }
     });
 
