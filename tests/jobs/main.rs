@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod create;
+mod snapshots;
 mod verbs;
 
 use serde_json::{Value, json};

@@ -5,6 +5,7 @@
 
 mod common;
 
+use block::snapshot::SnapshotFacts;
 use block::testing::{CrashDriver, History};
 use block::{Disk, NodeOptions, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
@@ -40,6 +41,8 @@ struct Client {
     blocks: Vec<Vec<Change>>,
     /// Flushes: asked for and acknowledged.
     flushes: Vec<(usize, usize)>,
+    /// Snapshots come and go meanwhile.
+    snapshots: bool,
 }
 
 async fn one(disk: &Disk, history: &History, first: usize, count: usize, kind: usize, byte: u8) -> (usize, usize) {
@@ -56,6 +59,24 @@ async fn one(disk: &Disk, history: &History, first: usize, count: usize, kind: u
         }
     }
     (asked, history.mark(0))
+}
+
+/// Makes a snapshot inside the image, or deletes one. What completed before is as durable as after a flush.
+async fn snapshot(disk: &Disk, history: &Arc<History>, client: &mut Client, random: &mut Random) {
+    let node = disk.node();
+    let snapshots = node.driver().snapshots().unwrap();
+    let list = snapshots.list().await.unwrap();
+    let asked = history.mark(2);
+    if list.len() < 3 && random.next(3) > 0 {
+        let id = list.iter().map(|one| one.id.parse::<u64>().unwrap()).max().unwrap_or(0) + 1;
+        let facts = SnapshotFacts { id: id.to_string(), name: format!("s{id}"), ..SnapshotFacts::default() };
+        snapshots.create(&facts).await.unwrap();
+    } else if !list.is_empty() {
+        snapshots.delete(&list[random.next(list.len())].id).await.unwrap();
+    } else {
+        return;
+    }
+    client.flushes.push((asked, history.mark(2)));
 }
 
 async fn work(disk: &Disk, history: &Arc<History>, client: &mut Client, random: &mut Random, rounds: usize) {
@@ -111,6 +132,9 @@ async fn work(disk: &Disk, history: &Arc<History>, client: &mut Client, random: 
                 }
             }
         }
+        if client.snapshots && random.next(4) == 0 {
+            snapshot(disk, history, client, random).await;
+        }
         // What discards made of their blocks.
         for (i, block) in client.blocks.iter_mut().enumerate() {
             let [.., old, zero] = &block[..] else { continue };
@@ -157,7 +181,11 @@ fn survives_crashes(name: &'static str, prepare: impl Fn(&Path, &str), seed: u64
                 graph.add(&options(&node)).await.unwrap();
                 let disk = attach(&mut graph, "q", true).await;
                 let start = |block: &[u8]| vec![Change { byte: block[0], asked: 0, done: 0 }];
-                let mut client = Client { blocks: before.chunks(BLOCK).map(start).collect(), flushes: Vec::new() };
+                let mut client = Client {
+                    blocks: before.chunks(BLOCK).map(start).collect(),
+                    flushes: Vec::new(),
+                    snapshots: name.contains("snapshots"),
+                };
                 let mut random = Random(seed);
                 work(&disk, &history, &mut client, &mut random, rounds).await;
                 graph.detach(disk).await;
@@ -258,4 +286,17 @@ fn images_with_a_past() {
         run(dir, "qemu-img", &["convert", "-c", "-O", "qcow2", "source", image]);
     };
     survives_crashes("compressed", compressed, 22, &none);
+}
+
+#[test]
+fn snapshots_come_and_go() {
+    if !has_qemu() {
+        return;
+    }
+    let none = json!({});
+    survives_crashes("snapshots, 64k", shape("compat=1.1"), 31, &none);
+    survives_crashes("snapshots, v2, 4k", shape("compat=0.10,cluster_size=4k"), 32, &none);
+    survives_crashes("snapshots, 512", shape("cluster_size=512"), 33, &none);
+    survives_crashes("snapshots, extended", shape("extended_l2=on,cluster_size=16k"), 34, &none);
+    survives_crashes("snapshots, 32 bits", shape("cluster_size=1k,refcount_bits=32"), 35, &none);
 }

@@ -31,7 +31,6 @@ struct Entry {
     waiting: Vec<oneshot::Sender<()>>,
     ty: BlockExportType,
     disk: Disk,
-    node_name: String,
 }
 
 /// The wish of an export that its node were of another length.
@@ -189,8 +188,8 @@ impl Control {
         match started {
             Ok(export) => {
                 self.watch(&*export);
-                let (ty, node_name) = (options.export.tag(), node.name().to_owned());
-                self.exports.list.push(Entry { export, waiting: Vec::new(), ty, disk, node_name });
+                let ty = options.export.tag();
+                self.exports.list.push(Entry { export, waiting: Vec::new(), ty, disk });
                 Ok(())
             }
             Err(error) => {
@@ -307,7 +306,7 @@ impl Control {
         let info = |entry: &Entry| BlockExportInfo {
             id: entry.export.id().to_owned(),
             ty: entry.ty,
-            node_name: entry.node_name.clone(),
+            node_name: entry.disk.node().name().to_owned(),
             shutting_down: entry.export.is_shutting_down(),
             x_statistics: statistics(&entry.disk),
         };

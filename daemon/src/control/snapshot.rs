@@ -11,7 +11,7 @@ use block::{Node, Role};
 use qapi::types::block::BlockdevOptions;
 use qapi::types::create::BlockdevCreateOptions;
 use qapi::types::snapshot::*;
-use qapi::{Error, Qapi, Result, Value};
+use qapi::{Error, Qapi, Result};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
@@ -77,19 +77,15 @@ fn check_overlay(overlay: &Arc<Node>) -> Result<()> {
 /// The name by which an image finds `node` again: a path that does not depend on where the image is, or options.
 fn name_for(node: &Arc<Node>) -> Result<String> {
     let name = filename(node);
-    if !name.is_empty() && !name.starts_with("json:") {
-        let path = std::path::absolute(Path::new(&name)).map_err(|error| Error::io(format!("'{name}'"), error))?;
-        return Ok(path.to_string_lossy().into_owned());
+    if name.is_empty() {
+        let node = node.name();
+        return Err(Error::generic(format!("Node '{node}' has no name that an image could find it by")));
     }
-    let unknown = || Error::generic(format!("Node '{}' has no name that an image could find it by", node.name()));
-    let mut options = node.given().ok_or_else(unknown)?.to_value();
-    if let Value::Object(members) = &mut options {
-        members.shift_remove("node-name");
-        if ["file", "backing", "image", "test"].iter().any(|child| members.get(*child).is_some_and(Value::is_string)) {
-            return Err(unknown());
-        }
+    if name.starts_with("json:") {
+        return Ok(name);
     }
-    Ok(format!("json:{options}"))
+    let path = std::path::absolute(Path::new(&name)).map_err(|error| Error::io(format!("'{name}'"), error))?;
+    Ok(path.to_string_lossy().into_owned())
 }
 
 impl Control {
