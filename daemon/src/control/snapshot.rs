@@ -35,7 +35,7 @@ pub(super) struct Prepared {
     drained: Vec<Drained>,
 }
 
-fn internal<'n>(node: &'n Arc<Node>) -> Result<&'n dyn Snapshots> {
+fn internal(node: &Arc<Node>) -> Result<&dyn Snapshots> {
     let facet = node.driver().snapshots();
     facet.ok_or_else(|| Error::generic("Failed to get a snapshot list: Operation not supported"))
 }
