@@ -59,8 +59,8 @@ pub mod throttle;
 pub use disk::Disk;
 pub use driver::{Driver, DynDriver, Facts, ImageDetails, Mapping, Prealloc, Span, Support, WriteFlags, ZeroFlags};
 pub use edge::{Edge, Role};
-pub use halt::OnError;
 pub use graph::{CreateContext, Graph, OpenContext, Opener};
+pub use halt::OnError;
 
 pub use nix::errno::Errno;
 pub use node::{Node, NodeOptions};
