@@ -122,6 +122,36 @@ fn snapshots_inside_an_image() {
 }
 
 #[test]
+fn the_space_of_a_deleted_snapshot() {
+    let left = [true, false].map(|discard| {
+        let mut daemon = idle();
+        let mut qmp = daemon.qmp();
+        node(&daemon, &mut qmp, "a");
+        qmp.ok("blockdev-del", json!({"node-name": "a"}));
+        let path = daemon.path("a.img");
+        let file = json!({"driver": "file", "filename": path, "discard": "unmap"});
+        let node = json!({"driver": "qcow2", "node-name": "a", "file": file, "discard": "unmap",
+            "pass-discard-snapshot": discard});
+        qmp.ok("blockdev-add", node);
+        qmp.ok(
+            "block-export-add",
+            json!({"type": "nbd", "id": "e", "node-name": "a", "name": "disk", "writable": true}),
+        );
+        let (mut client, _) = daemon.nbd().open("disk", Headers::Structured);
+        assert_eq!(client.write(0, 0, &[1; 2 << 20]), 0);
+        qmp.ok("blockdev-snapshot-internal-sync", json!({"device": "a", "name": "s"}));
+        assert_eq!(client.write(0, 0, &[2; 2 << 20]), 0);
+        assert_eq!(client.simple(tests::nbd::cmd::FLUSH, 0, 0, 0), 0);
+        qmp.ok("blockdev-snapshot-delete-internal-sync", json!({"device": "a", "name": "s"}));
+        assert_eq!(client.simple(tests::nbd::cmd::FLUSH, 0, 0, 0), 0);
+        drop(client);
+        daemon.stop();
+        tests::image::allocated(&path)
+    });
+    assert!(left[0] + (2 << 20) <= left[1], "{left:?} bytes are allocated, with discards and without");
+}
+
+#[test]
 fn texts() {
     let (daemon, mut qmp) = serving();
     for name in ["b", "c"] {

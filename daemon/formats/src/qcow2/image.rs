@@ -52,6 +52,8 @@ pub(super) struct Discards {
     pub request: bool,
     /// Those of clusters that are given up for other reasons.
     pub other: bool,
+    /// Those of clusters that only a deleted snapshot has used.
+    pub snapshot: bool,
     /// A discarded cluster stays where it is.
     pub no_unref: bool,
 }
@@ -59,11 +61,12 @@ pub(super) struct Discards {
 impl Discards {
     /// As a number.
     pub fn bits(self) -> u8 {
-        u8::from(self.request) | u8::from(self.other) << 1 | u8::from(self.no_unref) << 2
+        u8::from(self.request) | u8::from(self.other) << 1 | u8::from(self.no_unref) << 2 | u8::from(self.snapshot) << 3
     }
 
     fn of(bits: u8) -> Self {
-        Self { request: bits & 1 != 0, other: bits & 2 != 0, no_unref: bits & 4 != 0 }
+        let has = |bit: u8| bits & bit != 0;
+        Self { request: has(1), other: has(2), no_unref: has(4), snapshot: has(8) }
     }
 }
 

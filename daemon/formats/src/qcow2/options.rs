@@ -40,6 +40,7 @@ impl Tuning {
             discards: Discards {
                 request: options.pass_discard_request.unwrap_or(true),
                 other: options.pass_discard_other.unwrap_or(false),
+                snapshot: options.pass_discard_snapshot.unwrap_or(true),
                 no_unref: options.discard_no_unref.unwrap_or(false),
             },
             checked: Kinds::chosen(options.overlap_check.as_ref()),

@@ -28,6 +28,7 @@ impl Reopen for Qcow2 {
         &[
             "lazy-refcounts",
             "pass-discard-request",
+            "pass-discard-snapshot",
             "pass-discard-other",
             "discard-no-unref",
             "overlap-check",

@@ -136,6 +136,7 @@ impl Switch<'_> {
             l1.dirty.clear();
         }
         image.l2.clear();
+        image.unpacked.forget(&(0..u64::MAX));
         image.refs.read_anew(places.table.start << bits, &table);
         // From here on it has been done. What follows only serves other checks, and space.
         claimed.clear();
@@ -363,7 +364,7 @@ impl Switch<'_> {
 
     /// Gives the space back. A hint: what cannot be discarded stays.
     async fn discard(&self, mut freed: Vec<u64>) {
-        if !self.image.discards().request {
+        if !self.image.discards().snapshot {
             return;
         }
         let bits = self.image.shape.cluster_bits;

@@ -219,6 +219,8 @@ pub struct BlockdevOptionsQcow2 {
     pub lazy_refcounts: Option<bool>,
     /// Discards of the client reach the file below; those that the node passes when left out.
     pub pass_discard_request: Option<bool>,
+    /// Clusters that only a deleted snapshot has used are discarded in the file below; true when left out.
+    pub pass_discard_snapshot: Option<bool>,
     /// Clusters that are given up for other reasons are discarded in the file below; false when left out.
     pub pass_discard_other: Option<bool>,
     /// Discarded clusters keep their place in the image; false when left out.
