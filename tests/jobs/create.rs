@@ -137,7 +137,10 @@ fn qcow2_images_are_as_the_references() {
         assert_eq!(facts(&here), facts(&there), "{given}");
         assert_eq!(info(&here), info(&there), "{given}");
         let alone = json!({"driver": "qcow2", "backing": null, "file": {"driver": "file", "filename": "f.img"}});
-        img(&here, &["check", &format!("json:{alone}")]);
+        if !tests::on_reference() {
+            // Of its own images with a preallocated data file the reference's check does not approve.
+            img(&here, &["check", &format!("json:{alone}")]);
+        }
         if given.get("backing-file").is_none() {
             assert_eq!(map(&here), map(&there), "{given}");
         }

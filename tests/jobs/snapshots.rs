@@ -105,6 +105,10 @@ fn snapshots_inside_an_image() {
     assert_eq!((&gone["id"], &gone["name"], &gone["vm-state-size"]), (&json!("2"), &json!("s2"), &json!(0)));
     // The disk grows and shrinks under its snapshots.
     for size in [8 * MIB, 2 * MIB, 4 * MIB] {
+        if on_reference() {
+            // Its exports share no resize.
+            break;
+        }
         qmp.ok("block_resize", json!({"node-name": "a", "size": size}));
     }
     daemon.stop();
