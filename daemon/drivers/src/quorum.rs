@@ -271,13 +271,14 @@ impl Driver for Quorum {
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
         let span = Span::new(at, len_of(buf));
-        let _held = self.overlap.reserve(span, false).await;
+        // Overlapping writes reach all children in the same order, or the children would differ for good.
+        let _held = self.overlap.reserve(span, true).await;
         let children = self.children.load_full();
         self.all(QuorumOpType::Write, span, &children, |child| Box::pin(child.write(at, buf, flags))).await
     }
 
     async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
-        let _held = self.overlap.reserve(span, false).await;
+        let _held = self.overlap.reserve(span, true).await;
         let children = self.children.load_full();
         self.all(QuorumOpType::Write, span, &children, |child| Box::pin(child.zero(span, flags))).await
     }
