@@ -169,10 +169,11 @@ impl Quorum {
         outcome
     }
 
-    /// Reads from all children, from the first one into `buf`.
-    async fn read_all(&self, children: &[Arc<Edge>], at: u64, buf: &IoBuf) -> Vec<IoResult<IoBuf>> {
+    /// Reads from all children, from the first one into `first`.
+    async fn read_all(&self, children: &[Arc<Edge>], at: u64, first: &IoBuf) -> Vec<IoResult<IoBuf>> {
         let read = |(number, child): (usize, &Arc<Edge>)| {
-            let (child, buf) = (Arc::clone(child), if number == 0 { buf.clone() } else { IoBuf::alloc(buf.len()) });
+            let buf = if number == 0 { first.clone() } else { IoBuf::alloc(first.len()) };
+            let child = Arc::clone(child);
             async move {
                 child.read(at, &buf).await?;
                 Ok(buf)
@@ -190,7 +191,8 @@ impl Quorum {
         }
         // Perhaps somebody is writing there: once more, alone.
         let _alone = self.overlap.reserve(span, true).await;
-        let read = self.read_all(&children, at, buf).await;
+        // Into memory of our own: a guest could change its own under the vote, and have that written to the others.
+        let read = self.read_all(&children, at, &IoBuf::alloc(buf.len())).await;
         for (child, result) in children.iter().zip(&read) {
             if let Err(errno) = result {
                 self.report_bad(QuorumOpType::Read, child, span, Some(*errno));
