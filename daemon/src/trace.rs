@@ -48,7 +48,7 @@ pub const EVENTS: &[(&str, &str)] = &[
     ("vhost_user_blk_left", "a vhost-user front-end has left"),
     ("vhost_user_blk_message", "a vhost-user message has come in"),
     ("vhost_user_blk_refused", "a vhost-user message was answered with an error (always shown)"),
-    ("vhost_user_blk_ring_start", "a virtqueue starts, and how many requests of a former daemon it takes up"),
+    ("virtio_blk_ring_start", "a virtqueue starts, and how many requests of a former daemon it takes up"),
 ];
 
 /// What `--trace` options ask for, collected in order.

@@ -16,6 +16,7 @@ pub mod fuse;
 pub mod nbd;
 mod slots;
 pub mod vhost_user_blk;
+pub mod virtio_blk;
 
 use block::driver::LocalFuture;
 use block::{Disk, IoResult, Perms};

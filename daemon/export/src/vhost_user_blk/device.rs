@@ -4,12 +4,12 @@
 //! says is checked before it changes anything, a message that cannot be taken gets an error if the front-end asked to hear of
 //! it, and ends the connection otherwise. When it is gone, rings stop when their requests are done.
 
-use super::config::{CONFIG_LEN, Geometry, WCE_AT, feature};
-use super::log::DirtyLog;
-use super::queue::Shared;
-use super::ring::{Broken, MAX_SIZE, RingFeatures};
-use super::vring::{InflightRegion, Surroundings, Vring};
 use super::wire::{self, HEADER, Header, InflightInfo, MAX_FDS, Malformed, Message, RegionInfo, protocol};
+use crate::virtio_blk::config::{CONFIG_LEN, Geometry, WCE_AT, feature};
+use crate::virtio_blk::log::DirtyLog;
+use crate::virtio_blk::queue::{Interrupt, Shared};
+use crate::virtio_blk::ring::{Broken, MAX_SIZE, RingFeatures};
+use crate::virtio_blk::vring::{InflightRegion, Surroundings, Vring};
 use buf::{GuestMemory, Mapping, Region};
 use io::{Bell, IoThread, MessageSocket};
 use std::fmt;
@@ -23,6 +23,11 @@ use tokio::sync::{mpsc, watch};
 
 /// Regions of guest memory at a time.
 const MAX_REGIONS: usize = 509;
+
+/// Of the device, and of vhost.
+fn offered(geometry: &Geometry) -> u64 {
+    geometry.features() | feature::CONFIG_WCE | feature::LOG_ALL | feature::PROTOCOL
+}
 
 /// Why a message was not taken.
 #[derive(Debug)]
@@ -241,7 +246,7 @@ impl<'a> Device<'a> {
     async fn take(&mut self, message: Message, fds: Vec<OwnedFd>) -> Result<Answer, Refused> {
         let mut fds = fds.into_iter();
         match message {
-            Message::GetFeatures => return Ok(word(self.parts.geometry.features())),
+            Message::GetFeatures => return Ok(word(offered(&self.parts.geometry))),
             Message::SetFeatures(features) => self.set_features(features).await?,
             Message::GetProtocolFeatures => return Ok(word(protocol::OFFERED)),
             Message::SetProtocolFeatures(features) => {
@@ -327,6 +332,7 @@ impl<'a> Device<'a> {
             Message::SetVringKick { index, .. } => self.kick(index, fds.next()).await?,
             Message::SetVringCall { index, .. } => {
                 let call = fds.next().map(Bell::new).transpose()?;
+                let call = call.map(|bell| Box::new(bell) as Box<dyn Interrupt>);
                 self.vring(index)?.set_call(call).await;
             }
             Message::SetVringErr { index, .. } => self.vring(index)?.err = fds.next().map(Bell::new).transpose()?,
@@ -341,11 +347,11 @@ impl<'a> Device<'a> {
             Message::SetInflightFd(info) => {
                 let fd = fds.next().ok_or(Refused("no descriptor".to_owned()))?;
                 self.check_inflight(&info)?;
-                if info.size < InflightRegion::len(&info) {
+                if info.size < InflightRegion::len(info.queues, info.queue_size) {
                     return refused("the inflight region is too small");
                 }
                 let map = Arc::new(Mapping::new(fd.as_fd(), info.offset, info.size)?);
-                self.inflight = Some(InflightRegion { map, info });
+                self.inflight = Some(InflightRegion { map, queues: info.queues, queue_size: info.queue_size });
             }
             Message::Unknown(kind) => return refused(format!("message {kind} is not supported")),
         }
@@ -366,7 +372,7 @@ impl<'a> Device<'a> {
     }
 
     async fn set_features(&mut self, features: u64) -> Result<(), Refused> {
-        let offered = self.parts.geometry.features();
+        let offered = offered(&self.parts.geometry);
         if features & !offered != 0 {
             return refused(format!("features {:#x} are not offered", features & !offered));
         }
@@ -478,7 +484,7 @@ impl<'a> Device<'a> {
     fn make_inflight(&self, info: InflightInfo) -> Result<Answer, Refused> {
         use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
         self.check_inflight(&info)?;
-        let size = InflightRegion::len(&info);
+        let size = InflightRegion::len(info.queues, info.queue_size);
         let make = || {
             let fd = memfd_create("vhost-user-blk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
             ftruncate(&fd, size)?;

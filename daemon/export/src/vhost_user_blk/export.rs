@@ -1,9 +1,9 @@
 //! [`VhostUserBlkExport`]: a socket on which one front-end after the other gets a disk.
 
-use super::config::Geometry;
 use super::device::{Device, Parts};
-use super::queue::Shared;
-use super::request::{ID_LEN, Limits};
+use crate::virtio_blk::config::Geometry;
+use crate::virtio_blk::queue::Shared;
+use crate::virtio_blk::request::{ID_LEN, Limits};
 use crate::{Closed, Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
 use block::perm::Bits;

@@ -3,6 +3,7 @@
 //! [`Message::decode`] is total: any bytes give a message or a reason. What the numbers in a message mean for the device is not
 //! checked here.
 
+use crate::virtio_blk::ring::RingAddresses;
 use std::fmt;
 
 /// Bytes of a message's header.
@@ -142,16 +143,6 @@ pub(crate) struct RegionInfo {
     pub size: u64,
     pub monitor: u64,
     pub offset: u64,
-}
-
-/// Where a ring lies, in the monitor's addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RingAddresses {
-    pub descriptors: u64,
-    pub used: u64,
-    pub available: u64,
-    /// The guest address of the used ring for the dirty log, if its writes are logged.
-    pub log: Option<u64>,
 }
 
 /// The memory in which requests in flight are noted.

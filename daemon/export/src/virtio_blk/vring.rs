@@ -1,10 +1,9 @@
-//! One virtqueue as the front-end sets it up: what is known of it before it runs, and the task that runs it.
+//! One virtqueue as the other side sets it up: what is known of it before it runs, and the task that runs it.
 
 use super::inflight::{Inflight, queue_len};
 use super::log::DirtyLog;
-use super::queue::{self, Change, Ended, Order, Setup, Shared};
-use super::ring::{Broken, Ring, RingFeatures};
-use super::wire::{InflightInfo, RingAddresses};
+use super::queue::{self, Change, Ended, Interrupt, Order, Setup, Shared};
+use super::ring::{Broken, Ring, RingAddresses, RingFeatures};
 use buf::{GuestMemory, Mapping};
 use io::{Bell, IoThread};
 use std::os::fd::OwnedFd;
@@ -15,20 +14,21 @@ use tokio::sync::{mpsc, oneshot};
 #[derive(Clone, Debug)]
 pub(crate) struct InflightRegion {
     pub map: Arc<Mapping>,
-    pub info: InflightInfo,
+    pub queues: u16,
+    pub queue_size: u16,
 }
 
 impl InflightRegion {
     /// Bytes that a region for so many queues has.
-    pub(crate) fn len(info: &InflightInfo) -> u64 {
-        u64::from(info.queues).saturating_mul(u64::try_from(queue_len(info.queue_size)).unwrap_or(u64::MAX))
+    pub(crate) fn len(queues: u16, queue_size: u16) -> u64 {
+        u64::from(queues).saturating_mul(u64::try_from(queue_len(queue_size)).unwrap_or(u64::MAX))
     }
 
     fn queue(&self, index: usize) -> Option<Inflight> {
-        if index >= usize::from(self.info.queues) {
+        if index >= usize::from(self.queues) {
             return None;
         }
-        Inflight::new(&self.map, index, self.info.queue_size)
+        Inflight::new(&self.map, index, self.queue_size)
     }
 }
 
@@ -61,7 +61,7 @@ pub(crate) struct Vring {
     pub addresses: Option<RingAddresses>,
     /// The next entry of the available ring.
     pub base: u16,
-    call: Option<Bell>,
+    call: Option<Box<dyn Interrupt>>,
     pub err: Option<Bell>,
     enabled: bool,
     running: Option<Running>,
@@ -83,7 +83,7 @@ impl Vring {
         }
     }
 
-    pub(crate) async fn set_call(&mut self, call: Option<Bell>) {
+    pub(crate) async fn set_call(&mut self, call: Option<Box<dyn Interrupt>>) {
         if self.is_running() {
             self.change(Change::Call(call)).await;
         } else {
@@ -144,7 +144,7 @@ impl Vring {
             left = resume.heads;
             noted = inflight.noted_through();
         }
-        tracing::debug!(target: "vhost_user_blk_ring_start", index, size, base = ring.next_available(), resumed = left.len());
+        tracing::debug!(target: "virtio_blk_ring_start", index, size, base = ring.next_available(), resumed = left.len());
         let (orders, taken) = mpsc::unbounded_channel();
         let (tell, ended) = oneshot::channel();
         let setup = Setup {

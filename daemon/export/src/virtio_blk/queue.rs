@@ -10,8 +10,7 @@
 use super::inflight::Inflight;
 use super::log::DirtyLog;
 use super::request::{self, Command, ID_LEN, Limits, Request, Status};
-use super::ring::{Broken, Chain, Ring};
-use super::wire::RingAddresses;
+use super::ring::{Broken, Chain, Ring, RingAddresses};
 use crate::slots::Slots;
 use block::Disk;
 use buf::{GuestMemory, IoBuf};
@@ -39,6 +38,18 @@ pub(crate) struct Shared {
     pub through: AtomicBool,
 }
 
+/// How the guest is told that requests were published.
+pub(crate) trait Interrupt: Send + std::fmt::Debug {
+    /// Tells it. Must not wait.
+    fn raise(&self);
+}
+
+impl Interrupt for Bell {
+    fn raise(&self) {
+        self.ring();
+    }
+}
+
 /// What a ring is started with.
 pub(crate) struct Setup {
     pub ring: Ring,
@@ -49,7 +60,7 @@ pub(crate) struct Setup {
     pub log: Option<Arc<DirtyLog>>,
     pub enabled: bool,
     pub kick: Option<OwnedFd>,
-    pub call: Option<Bell>,
+    pub call: Option<Box<dyn Interrupt>>,
     pub shared: Arc<Shared>,
 }
 
@@ -57,7 +68,7 @@ pub(crate) struct Setup {
 pub(crate) enum Change {
     Enable(bool),
     Kick(Option<OwnedFd>),
-    Call(Option<Bell>),
+    Call(Option<Box<dyn Interrupt>>),
     /// The guest's memory, and where the ring lies, are these from now on.
     Memory(Arc<GuestMemory>, RingAddresses),
     Log(Option<Arc<DirtyLog>>),
@@ -159,7 +170,7 @@ struct Queue<F, S> {
     log: Option<Arc<DirtyLog>>,
     enabled: bool,
     kick: Option<Doorbell>,
-    call: Option<Bell>,
+    call: Option<Box<dyn Interrupt>>,
     shared: Arc<Shared>,
     slots: Slots<F>,
     orders: mpsc::UnboundedReceiver<Order>,
@@ -361,7 +372,7 @@ where
             self.batch.clear();
         }
         if interrupt && let Some(call) = &self.call {
-            call.ring();
+            call.raise();
         }
     }
 }

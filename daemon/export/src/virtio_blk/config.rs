@@ -45,16 +45,14 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    /// What the device can do, whatever carries it.
     pub(crate) fn features(&self) -> u64 {
         let common = feature::SEG_MAX
             | feature::BLK_SIZE
             | feature::TOPOLOGY
             | feature::FLUSH
-            | feature::CONFIG_WCE
-            | feature::LOG_ALL
             | feature::INDIRECT_DESC
             | feature::EVENT_IDX
-            | feature::PROTOCOL
             | feature::VERSION_1;
         let queues = if self.queues > 1 { feature::MQ } else { 0 };
         let kind = if self.writable { feature::DISCARD | feature::WRITE_ZEROES } else { feature::RO };

@@ -3,7 +3,6 @@
 //! The guest is hostile: each number is loaded once and checked afterwards, an entry that points nowhere or a chain that does
 //! not end is [`Broken`], and nothing more is taken from such a ring. The ring owns no requests and does no I/O.
 
-use super::wire::RingAddresses;
 use buf::{BadAddress, Gather, GuestMemory, Window};
 use std::fmt;
 use std::sync::atomic::{Ordering, fence};
@@ -41,6 +40,16 @@ impl From<BadAddress> for Broken {
     fn from(_: BadAddress) -> Self {
         Self("a descriptor points outside of the guest's memory")
     }
+}
+
+/// Where a ring lies, in the addresses of whoever set it up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RingAddresses {
+    pub descriptors: u64,
+    pub used: u64,
+    pub available: u64,
+    /// The guest address of the used ring for the dirty log, if its writes are logged.
+    pub log: Option<u64>,
 }
 
 /// What the two sides agreed on.
