@@ -16,7 +16,7 @@ use qapi::types::block::BlockdevOptions;
 use qapi::types::create::BlockdevCreateOptions;
 use qapi::{Error, Result};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -29,6 +29,8 @@ pub struct Memory {
     pub flushes: AtomicU64,
     /// Requests that reached the driver, flushes aside.
     pub requests: AtomicU64,
+    /// Writes fail when a half of the bytes is there.
+    pub fails: AtomicBool,
 }
 
 impl Memory {
@@ -98,6 +100,12 @@ impl Driver for MemoryDriver {
         let mut bytes = self.memory.lock();
         if bytes.len() < range.end {
             bytes.resize(range.end, 0);
+        }
+        if self.memory.fails.load(Ordering::Relaxed) {
+            let half = range.start + range.len() / 2;
+            bytes.truncate(half);
+            buf.read_at(0, bytes.get_mut(range.start..half).unwrap_or_default());
+            return Err(Errno::ENOSPC);
         }
         buf.read_at(0, bytes.get_mut(range).unwrap_or_default());
         Ok(())

@@ -219,3 +219,20 @@ fn a_flush_without_writes_since_the_last_is_free_but_the_first_is_not() {
         assert_eq!(flushes(), 3);
     });
 }
+
+#[test]
+fn a_failed_write_beyond_the_end_may_have_made_the_node_longer() {
+    run(async {
+        let mut graph = testing::graph();
+        let (driver, memory) = MemoryDriver::open(SIZE, Facts::default());
+        let node = graph.adopt("n", driver, NodeOptions::default()).await.unwrap();
+        let perms = Perms { need: Bits::WRITE | Bits::RESIZE, shared: Bits::ALL };
+        let _disk = graph.attach(&node, &DiskOptions { perms, ..writer() }).await.unwrap();
+        memory.fails.store(true, Ordering::Relaxed);
+        let written = node.write(SIZE as u64, &IoBuf::zeroed(4096), WriteFlags::NONE).await;
+        assert_eq!((written, node.size()), (Err(Errno::ENOSPC), SIZE as u64 + 2048));
+        memory.fails.store(false, Ordering::Relaxed);
+        assert_eq!(node.write(SIZE as u64, &IoBuf::zeroed(4096), WriteFlags::NONE).await, Ok(()));
+        assert_eq!(node.size(), SIZE as u64 + 4096);
+    });
+}

@@ -122,7 +122,7 @@ impl Node {
         } else {
             self.write_inner(at, buf, flags).await
         };
-        self.changed(span, result.is_ok());
+        self.changed(span, result.is_ok()).await;
         self.stats.done(Op::Write, len, result.is_ok());
         result
     }
@@ -145,20 +145,22 @@ impl Node {
         } else {
             Err(Errno::EINVAL)
         };
-        self.changed(span, result.is_ok());
+        self.changed(span, result.is_ok()).await;
         self.stats.done(Op::Write, span.len, result.is_ok());
         result
     }
 
     /// A change has ended. Even one that failed makes the next flush reach the medium: some of its bytes may be there.
-    fn changed(&self, span: Span, ok: bool) {
+    async fn changed(&self, span: Span, ok: bool) {
         self.raise(BlkdebugEvent::PwritevDone);
         self.written.fetch_add(1, Ordering::AcqRel);
         if ok {
             self.stats.wrote_up_to(span.end());
-            if span.end() > self.size() {
-                self.size.fetch_max(super::whole_sectors(span.end()), Ordering::AcqRel);
-            }
+        }
+        if span.end() > self.size() {
+            // Of one that failed as well: whoever takes what is behind the end for untouched would find its bytes there.
+            let end = if ok { Ok(span.end()) } else { Box::pin(self.driver.length()).await };
+            self.size.fetch_max(super::whole_sectors(end.unwrap_or(0)), Ordering::AcqRel);
         }
     }
 
@@ -279,7 +281,7 @@ impl Node {
     pub async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
         self.check_change(span, Op::Write)?;
         let result = self.zero_inner(span, flags).await;
-        self.changed(span, result.is_ok());
+        self.changed(span, result.is_ok()).await;
         self.stats.done(Op::Write, span.len, result.is_ok());
         result
     }
