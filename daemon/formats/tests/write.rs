@@ -178,6 +178,8 @@ fn fresh_images_of_every_shape() {
         ("compat=1.1", "5000k"),
         ("compat=0.10", "5000k"),
         ("cluster_size=512", "3M"),
+        // The refcount table grows every 2 MiB.
+        ("cluster_size=512,refcount_bits=64", "5M"),
         ("cluster_size=4k,refcount_bits=1", "9M"),
         ("cluster_size=4k,refcount_bits=64", "9M"),
         ("cluster_size=2M", "20M"),

@@ -286,7 +286,7 @@ impl Refcounts {
             match self.try_claim(most, from)? {
                 Try::Done(run) => return Ok(run),
                 Try::Load(index) => drop(self.load(index, file).await?),
-                Try::Grow(entries) => Box::pin(self.grow(entries, file)).await?,
+                Try::Grow(entries) => self.grow(entries, file)?,
             }
         }
     }
@@ -373,32 +373,49 @@ impl Refcounts {
         }
     }
 
-    /// Makes room for `entries` blocks in the table, half more than needed. It is written at its new place by the next
-    /// flush.
-    async fn grow(&self, entries: u64, file: &Edge) -> IoResult<()> {
-        let per_cluster = 1u64 << (self.cluster_bits - 3);
-        let clusters = (entries + entries / 2).div_ceil(per_cluster);
-        if clusters << self.cluster_bits > super::header::MAX_REFTABLE_BYTES {
-            return Err(Errno::EFBIG);
-        }
-        // Longer in memory first, so that the new place can be counted.
-        let grown = {
-            let mut table = self.table();
-            let enough = u64_of(table.entries.len()) >= clusters * per_cluster;
-            if !enough {
-                table.entries.resize(us(clusters * per_cluster), 0);
-            }
-            !enough
-        };
-        if !grown {
+    /// Makes the table long enough for `entries` blocks, and half as many more, at a new place; the next flush writes it
+    /// there. All of it happens at once: a longer table at the old place would reach into the clusters behind it.
+    fn grow(&self, entries: u64, file: &Edge) -> IoResult {
+        file.raise(BlkdebugEvent::ReftableGrow);
+        let (per_cluster, per_block) = (1u64 << (self.cluster_bits - 3), self.per_block());
+        let mut table = self.table();
+        let old = u64_of(table.entries.len());
+        if old >= entries {
             return Ok(());
         }
-        file.raise(BlkdebugEvent::ReftableGrow);
-        let place = self.claim_row(clusters, file).await?;
+        // Nobody uses what no block counts. What lies behind the end of the file is not even junk.
+        let start = (old * per_block).max(file.size().div_ceil(1 << self.cluster_bits));
+        // First the blocks that count what is new, themselves included, then the table.
+        let (mut blocks, mut wanted) = (1, entries);
+        let (clusters, end) = loop {
+            let clusters = (wanted + wanted / 2).div_ceil(per_cluster);
+            if clusters << self.cluster_bits > super::header::MAX_REFTABLE_BYTES {
+                return Err(Errno::EFBIG);
+            }
+            let end = start + blocks + clusters;
+            let needed = (end - 1) / per_block - start / per_block + 1;
+            let counted = end.div_ceil(per_block);
+            if needed <= blocks && counted <= clusters * per_cluster {
+                break (clusters, end);
+            }
+            (blocks, wanted) = (needed.max(blocks), counted.max(wanted));
+        };
+        table.entries.resize(us(clusters * per_cluster), 0);
+        for i in 0..blocks {
+            let index = start / per_block + i;
+            let mut bytes = vec![0; 1 << self.cluster_bits];
+            for cluster in start.max(index * per_block)..end.min((index + 1) * per_block) {
+                self.write(&mut bytes, cluster % per_block, 1);
+            }
+            let at = (start + i) << self.cluster_bits;
+            self.blocks.put(at, bytes);
+            if let Some(entry) = table.entries.get_mut(us(index)) {
+                *entry = at;
+            }
+        }
         // A place that was outgrown before it was written is left as a leak: that is too rare to be worth bookkeeping.
-        let mut table = self.table();
+        table.at = (start + blocks) << self.cluster_bits;
         table.moved = true;
-        table.at = place.start << self.cluster_bits;
         Ok(())
     }
 
