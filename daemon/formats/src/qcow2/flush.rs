@@ -242,14 +242,26 @@ impl Qcow2 {
         }
     }
 
-    /// Changes the header in the image and makes it stable. The caller has the turn, or nobody else knows the image yet.
+    /// Changes the header in the image and makes it stable. After an error the image has the old one, or nothing is written
+    /// to it any more. The caller has the turn, or nobody else knows the image yet.
     pub(super) async fn set_header(&self, change: impl FnOnce(&mut Header)) -> IoResult {
-        let mut header = self.header_now();
-        change(&mut header);
-        self.file.write(0, &IoBuf::copy_of(&header.encode()), WriteFlags::NONE).await?;
-        self.file.flush().await?;
-        *lock(&self.header) = header;
+        let old = self.header_now();
+        let mut new = old.clone();
+        change(&mut new);
+        if let Err(errno) = self.write_header(&new).await {
+            // Which of the two is there is not known. Tables that only the other one names would be given away or go stale.
+            if !old.names_same_tables(&new) && self.write_header(&old).await.is_err() {
+                return Err(self.damage("The header could not be written, and it is not known what it is now"));
+            }
+            return Err(errno);
+        }
+        *lock(&self.header) = new;
         Ok(())
+    }
+
+    async fn write_header(&self, header: &Header) -> IoResult {
+        self.file.write(0, &IoBuf::copy_of(&header.encode()), WriteFlags::NONE).await?;
+        self.file.flush().await
     }
 
     /// Frees what nothing in the image refers to and no request can be using. The caller has the turn.

@@ -232,11 +232,17 @@ impl Qcow2 {
         self.guard_anew_for(self.guard.checked()).await
     }
 
-    /// The same, if these kinds are to be checked.
+    /// The same, if these kinds are to be checked. After an error, what could not be read is not checked.
     pub(super) async fn guard_anew_for(&self, kinds: Kinds) -> IoResult {
+        let mut places = HashMap::new();
+        let found = self.find_metadata(kinds, &mut places).await;
+        *self.guard.places.write().unwrap_or_else(PoisonError::into_inner) = places;
+        found
+    }
+
+    async fn find_metadata(&self, kinds: Kinds, places: &mut HashMap<u64, Kinds>) -> IoResult {
         let header = self.header_now();
         let bits = self.shape.cluster_bits;
-        let mut places: HashMap<u64, Kinds> = HashMap::new();
         let mut add = |kind: Kinds, clusters: Range<u64>| {
             for cluster in clusters {
                 let known = places.entry(cluster).or_default();
@@ -280,7 +286,6 @@ impl Qcow2 {
                 add(Kinds::INACTIVE_L2, entry >> bits..(entry >> bits) + 1);
             }
         }
-        *self.guard.places.write().unwrap_or_else(PoisonError::into_inner) = places;
         Ok(())
     }
 }

@@ -93,6 +93,12 @@ fn bad(text: impl Into<String>) -> Error {
 }
 
 impl Header {
+    /// Whether `other` has the same tables in the same places.
+    pub fn names_same_tables(&self, other: &Self) -> bool {
+        let tables = |h: &Self| (h.l1_at, h.reftable_at, h.reftable_clusters, h.snapshots_at);
+        tables(self) == tables(other)
+    }
+
     /// Decodes the beginning of an image, which must be at least 112 bytes unless the file is shorter.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use block::driver::Prealloc;
 use block::{BlkdebugEvent, Errno, IoResult, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::{Error, Result};
+use std::ops::Range;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
@@ -100,11 +101,20 @@ impl Qcow2 {
         // No dirty sector may be left behind at the old place.
         self.write_out().await?;
         let turn = self.turn.lock().await;
-        let bits = self.shape.cluster_bits;
         let clusters = (needed * 8).div_ceil(self.shape.cluster());
         self.file.raise(BlkdebugEvent::L1GrowAllocTable);
         let place = self.refs.claim_row(clusters, &self.file).await?;
         drop(turn);
+        let moved = self.move_l1(needed, place.clone()).await;
+        if moved.is_err() {
+            self.unclaim(place).await;
+        }
+        moved
+    }
+
+    /// Moves the L1 table to the clusters `place`, which nothing names yet.
+    async fn move_l1(&self, needed: u64, place: Range<u64>) -> IoResult {
+        let bits = self.shape.cluster_bits;
         // Its clusters are counted in the image before anything names them.
         self.write_out().await?;
         let _turn = self.turn.lock().await;
@@ -116,7 +126,7 @@ impl Qcow2 {
         };
         entries.resize(us(needed), 0);
         let mut bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        bytes.resize(us(clusters << bits), 0);
+        bytes.resize(us((place.end - place.start) << bits), 0);
         let at = place.start << bits;
         self.file.raise(BlkdebugEvent::L1GrowWriteTable);
         self.file.write(at, &IoBuf::copy_of(&bytes), WriteFlags::NONE).await?;
@@ -133,8 +143,9 @@ impl Qcow2 {
             l1.entries = entries;
             l1.at = at;
         }
-        self.guard_anew().await?;
         lock(&self.unlinked).push(Free { clusters: old, discard: self.discards().other, table: false });
+        // It has been done; this only serves other checks.
+        let _ = self.guard_anew().await;
         Ok(())
     }
 

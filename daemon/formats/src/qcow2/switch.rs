@@ -111,9 +111,8 @@ impl Switch<'_> {
         self.write(places.snapshots.start, &snapshots).await?;
         image.file.flush().await?;
         let bits = image.shape.cluster_bits;
-        let before = image.header_now();
         let count = u32::try_from(self.list.len()).map_err(|_| Errno::EFBIG)?;
-        let switched = image
+        image
             .set_header(|header| {
                 header.l1_at = places.l1.start << bits;
                 header.reftable_at = places.table.start << bits;
@@ -121,14 +120,7 @@ impl Switch<'_> {
                 header.snapshots = count;
                 header.snapshots_at = if count == 0 { 0 } else { places.snapshots.start << bits };
             })
-            .await;
-        if let Err(errno) = switched {
-            // Which of the two is in the image is not known: the old one has to be, or nothing is written any more.
-            if image.set_header(|header| *header = before).await.is_err() {
-                return Err(image.damage("the header could not be written, and it is not known what it is now"));
-            }
-            return Err(errno);
-        }
+            .await?;
         {
             let mut l1 = image.l1.write().unwrap_or_else(PoisonError::into_inner);
             l1.entries = new_l1;
@@ -140,7 +132,7 @@ impl Switch<'_> {
         image.refs.read_anew(places.table.start << bits, &table);
         // From here on it has been done. What follows only serves other checks, and space.
         claimed.clear();
-        image.guard_anew().await?;
+        let _ = image.guard_anew().await;
         self.discard(counts.freed).await;
         Ok(())
     }

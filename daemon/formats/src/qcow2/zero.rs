@@ -17,9 +17,10 @@ impl Qcow2 {
             self.data().zero(span, ZeroFlags { fua: false, ..flags }).await?;
         }
         let _inside = self.epochs.enter();
+        let may_unmap = flags.may_unmap && !self.discards().no_unref;
         self.each_slice(span, true, |entry, mask| {
             let unmap = matches!(entry.place, Place::Packed { .. })
-                || (flags.may_unmap && entry.place != Place::None && mask == self.shape.all());
+                || (may_unmap && entry.place != Place::None && mask == self.shape.all());
             if matches!(entry.place, Place::Packed { .. }) && mask != self.shape.all() {
                 return Err(Errno::ENOTSUP);
             }
