@@ -168,8 +168,8 @@ impl Confinement {
             return Err(Error::generic("sandbox: the kernel has no Landlock"));
         }
         if filters {
-            let then = if strict { Refusal::End } else { Refusal::Fail(syscall::DAEMON) };
-            let filters = self.filters().map_err(failed)?;
+            let then = if strict { Refusal::End } else { Refusal::Fail(&syscall::DAEMON) };
+            let filters = self.filters();
             syscall::name_refused_calls(then).map_err(failed)?;
             filters.hide_absent_calls().map_err(failed)?;
             let enter = move |role| {
@@ -197,9 +197,9 @@ impl Confinement {
         io::mounter::start(places).map_err(|error| Error::io("cannot start the process that mounts", error))
     }
 
-    fn filters(&self) -> std::result::Result<Filters, sandbox::Error> {
-        let without: &[&str] = if self.inet { &[] } else { &["inet"] };
-        Filters::of_policy(syscall::DAEMON, without, Mode::Enforce)
+    fn filters(&self) -> Filters {
+        let options: &[_] = if self.inet { &["inet"] } else { &[] };
+        syscall::DAEMON.filters(options, Mode::Enforce)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::trace::{self, Trace};
 use listenfd::ListenFd;
 use sandbox::files::{Files, Rule};
 use sandbox::identity::Identity;
-use sandbox::syscall::{Filters, Mode, Refusal};
+use sandbox::syscall::{Filters, Mode, PR_HELPER, Refusal};
 use sandbox::{Capability, Plan};
 use sd_notify::NotifyState;
 use std::collections::HashMap;
@@ -151,14 +151,12 @@ fn filters(options: &Options, policy: &Policy, made: &[&Made]) -> Result<Option<
         Sandbox::Log => Mode::Log,
         Sandbox::Off => return Ok(None),
     };
-    let mut wire = vec!["wire"];
-    wire.extend((!made.is_empty()).then_some("wire+remove"));
-    wire.extend(policy.asks_for_units().then_some("wire+cgroup"));
-    wire.extend(options.daemon.then_some("wire+background"));
-    let roles = [("wire", wire), ("worker", vec!["worker"]), ("logger", vec!["logger"]), ("closer", vec!["closer"])];
-    let filters = Filters::compile(sandbox::syscall::PR_HELPER, &roles, mode).map_err(|e| e.to_string())?;
+    let mut needs = Vec::new();
+    needs.extend((!made.is_empty()).then_some("remove"));
+    needs.extend(policy.asks_for_units().then_some("cgroup"));
+    needs.extend(options.daemon.then_some("background"));
     sandbox::syscall::name_refused_calls(Refusal::End).map_err(|e| e.to_string())?;
-    Ok(Some(filters))
+    Ok(Some(PR_HELPER.filters(&needs, mode)))
 }
 
 fn enter(filters: &Option<Filters>, role: &'static str) -> Result<(), String> {

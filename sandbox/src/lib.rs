@@ -12,7 +12,8 @@
 //! 8. [`syscall::Filters::enter`]: seccomp last, since each step before needs calls that no list allows. One filter
 //!    for each role of a thread; a thread enters its own as its first act.
 //!
-//! [`confine`] does steps 3 to 7. The lists of step 8 are data: `policies/*.json`, a reason in each row.
+//! [`confine`] does steps 3 to 7. The lists of step 8 are data, `policies/*.json`, a reason in each row; the build script
+//! makes them the programs that the kernel takes.
 //!
 //! This crate decides nothing about when and for whom; it knows neither options nor protocols.
 #![expect(unsafe_code, reason = "fork, closing inherited descriptors, the SIGSYS handler: no safe wrapper exists")]
@@ -21,6 +22,9 @@ pub mod capability;
 pub mod files;
 pub mod identity;
 mod names;
+#[cfg(test)]
+#[path = "../build/policy.rs"]
+mod policy;
 pub mod process;
 pub mod syscall;
 

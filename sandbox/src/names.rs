@@ -375,8 +375,3 @@ const LEGACY: &[(libc::c_long, &str)] = &[];
 pub fn name(number: libc::c_long) -> &'static str {
     COMMON.iter().chain(LEGACY).find(|row| row.0 == number).map_or("?", |row| row.1)
 }
-
-/// The number of a system call of this architecture.
-pub fn number(name: &str) -> Option<libc::c_long> {
-    COMMON.iter().chain(LEGACY).find(|row| row.1 == name).map(|row| row.0)
-}

@@ -1,8 +1,8 @@
-//! System calls: seccomp filters by role, compiled from JSON, and the line that a refused call leaves.
+//! System calls: seccomp filters by role, compiled from JSON when the program is built, and the line that a refused call
+//! leaves.
 //!
-//! A policy file is what `seccompiler` reads: named sections of rows, each allowing a call (with conditions on its
-//! arguments), with a `comment` that says what for. A role's filter is one or several sections joined, so that a call
-//! that only an option needs is allowed only with that option. A row with `only` is for that architecture alone.
+//! `policies/*.json` say which calls a role may make and what for; `build/policy.rs` says how they are read. What
+//! is left for the start of a process is to hand the ready programs to the kernel.
 //!
 //! A call outside the list raises SIGSYS; the handler writes one line that names the call. Then, by the [`Refusal`] that the
 //! process chose at its start, it ends the process, or answers EPERM (ENOSYS for a call that this program has no name for)
@@ -10,18 +10,35 @@
 
 use crate::{Error, names};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-use seccompiler::BpfProgram;
-use serde_json::Value;
+use seccompiler::sock_filter;
+use std::borrow::Cow;
 use std::cell::Cell;
-use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The helper's policy.
-pub const PR_HELPER: &str = include_str!("../policies/pr-helper.json");
+include!(concat!(env!("OUT_DIR"), "/policies.rs"));
 
-/// The daemon's policy. Beside the sections that roles are made of it has `absent`, calls that are answered as if the kernel
-/// did not know them, and `never`, calls that end the process also where others only fail.
-pub const DAEMON: &str = include_str!("../policies/daemon.json");
+/// What one process may do.
+#[derive(Debug)]
+pub struct Policy {
+    programs: &'static [Program],
+    /// Answers the calls that are hidden; no rows if none is.
+    absent: &'static [sock_filter],
+    /// Calls that end the process also where others only fail.
+    never: &'static [libc::c_long],
+}
+
+/// The filter of a role.
+#[derive(Debug)]
+struct Program {
+    role: &'static str,
+    /// The optional sections that are in it.
+    options: &'static [&'static str],
+    code: &'static [sock_filter],
+}
+
+const fn op(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code, jt, jf, k }
+}
 
 /// The exit status after a refused call, as a shell would show death by SIGSYS.
 pub const EXIT_REFUSED: i32 = 128 + libc::SIGSYS;
@@ -36,12 +53,12 @@ pub enum Mode {
 }
 
 /// What the handler of SIGSYS does after its line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Refusal {
     /// It ends the process.
     End,
-    /// It lets the call fail, unless the call is in the section `never` of this policy: then it ends the process.
-    Fail(&'static str),
+    /// It lets the call fail, unless this policy has it among those that never happen: then it ends the process.
+    Fail(&'static Policy),
 }
 
 /// One bit for each number of a system call.
@@ -80,9 +97,16 @@ pub fn refused_calls() -> Vec<&'static str> {
     (0..1024).filter(|number| REFUSED.has(*number)).map(|number| names::name(libc::c_long::from(number))).collect()
 }
 
-/// The filters of one process, by role.
+/// The filters of one process: those of its policy, with the optional sections that it asked for.
 #[derive(Debug)]
-pub struct Filters(HashMap<String, BpfProgram>);
+pub struct Filters {
+    policy: &'static Policy,
+    options: Vec<&'static str>,
+    mode: Mode,
+}
+
+/// An instruction that ends a program with a constant.
+const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 
 thread_local! {
     /// For the line of the handler. Constant and without a destructor, hence safe to read in a signal handler.
@@ -93,87 +117,65 @@ fn error(e: impl std::fmt::Display) -> Error {
     Error::new("system calls", e)
 }
 
-/// The rows of some sections, those of this architecture, as `seccompiler` reads them.
-///
-/// A row without conditions stands for all rows of its call: together with conditions `seccompiler` would forget it.
-fn join(policy: &Value, sections: &[&str], arch: &str) -> Result<Vec<Value>, Error> {
-    let mut rows = Vec::new();
-    for section in sections {
-        let filter = policy.get(section).map(|s| s.get("filter").unwrap_or(s)).and_then(Value::as_array);
-        rows.extend(filter.ok_or_else(|| error(format!("the policy has no section '{section}'")))?.iter().cloned());
+impl Policy {
+    /// The roles, each once.
+    pub fn roles(&self) -> impl Iterator<Item = &'static str> {
+        // The programs of a role lie together, the one without options first.
+        self.programs.iter().filter(|program| program.options.is_empty()).map(|program| program.role)
     }
-    rows.retain(|row| row.get("only").is_none_or(|only| only == arch));
-    let free: HashSet<String> =
-        rows.iter().filter(|row| row.get("args").is_none()).map(|row| row["syscall"].to_string()).collect();
-    rows.retain(|row| row.get("args").is_none() || !free.contains(&row["syscall"].to_string()));
-    for row in &mut rows {
-        row.as_object_mut().map(|row| row.remove("only"));
-    }
-    Ok(rows)
-}
 
-/// The roles of a policy that lists them, with their sections.
-pub fn roles(policy: &str) -> Result<Vec<(String, Vec<String>)>, Error> {
-    let mut policy: Value = serde_json::from_str(policy).map_err(error)?;
-    let roles: HashMap<String, Vec<String>> = serde_json::from_value(policy["roles"].take()).map_err(error)?;
-    Ok(roles.into_iter().collect())
+    /// All optional sections.
+    pub fn options(&self) -> impl Iterator<Item = &'static str> {
+        // Those of the role that has most of them: the others have some of the same.
+        let most = self.programs.iter().map(|program| program.options).max_by_key(|options| options.len());
+        most.into_iter().flatten().copied()
+    }
+
+    /// The filters with the optional sections of these names.
+    pub fn filters(&'static self, options: &[&'static str], mode: Mode) -> Filters {
+        Filters { policy: self, options: options.to_vec(), mode }
+    }
 }
 
 impl Filters {
-    /// Compiles, for each role of the policy, the sections that it names there, but those in `without`.
-    pub fn of_policy(policy: &str, without: &[&str], mode: Mode) -> Result<Self, Error> {
-        let roles = roles(policy)?;
-        let kept = roles.iter().map(|(role, sections)| {
-            let kept = sections.iter().map(String::as_str).filter(|section| !without.contains(section));
-            (role.as_str(), kept.collect::<Vec<_>>())
-        });
-        Self::compile(policy, &kept.collect::<Vec<_>>(), mode)
-    }
-
-    /// Compiles, for each role, the sections named with it.
-    pub fn compile(policy: &str, roles: &[(&str, Vec<&str>)], mode: Mode) -> Result<Self, Error> {
-        Self::compile_for(std::env::consts::ARCH, policy, roles, mode)
-    }
-
-    fn compile_for(arch: &str, policy: &str, roles: &[(&str, Vec<&str>)], mode: Mode) -> Result<Self, Error> {
-        let policy: Value = serde_json::from_str(policy).map_err(error)?;
-        let mut joined = serde_json::Map::new();
-        let refused = match mode {
-            Mode::Enforce => "trap",
-            Mode::Log => "log",
-        };
-        for (role, sections) in roles {
-            let rows = join(&policy, sections, arch)?;
-            let filter = serde_json::json!({ "mismatch_action": refused, "match_action": "allow", "filter": rows });
-            joined.insert((*role).to_owned(), filter);
-        }
-        if policy.get("absent").is_some() {
-            let rows = join(&policy, &["absent"], arch)?;
-            let answer = serde_json::json!({ "errno": libc::ENOSYS });
-            let filter = serde_json::json!({ "mismatch_action": "allow", "match_action": answer, "filter": rows });
-            joined.insert("absent".to_owned(), filter);
-        }
-        let text = Value::Object(joined).to_string();
-        let arch = arch.try_into().map_err(error)?;
-        Ok(Self(seccompiler::compile_from_json(text.as_bytes(), arch).map_err(error)?))
-    }
-
     /// Puts this thread, and those that it starts, under the filter of `role`.
+    ///
+    /// # Errors
+    /// The policy has no such role; the kernel refuses.
     pub fn enter(&self, role: &'static str) -> Result<(), Error> {
-        self.apply(role)?;
+        let chosen = |program: &&Program| {
+            program.role == role && program.options.iter().all(|option| self.options.contains(option))
+        };
+        let programs = self.policy.programs.iter().filter(chosen);
+        let program = programs.max_by_key(|program| program.options.len());
+        let code = program.ok_or_else(|| error(format!("no filter for role '{role}'")))?.code;
+        let code = match self.mode {
+            Mode::Enforce => Cow::Borrowed(code),
+            Mode::Log => logging(code).into(),
+        };
+        seccompiler::apply_filter(&code).map_err(error)?;
         ROLE.with(|r| r.set(role));
         Ok(())
     }
 
     /// Calls of the section `absent` fail in this thread, and in those that it starts, with ENOSYS. Before any role.
+    ///
+    /// # Errors
+    /// The kernel refuses.
     pub fn hide_absent_calls(&self) -> Result<(), Error> {
-        self.apply("absent")
+        match self.policy.absent {
+            [] => Ok(()),
+            code => seccompiler::apply_filter(code).map_err(error),
+        }
     }
+}
 
-    fn apply(&self, name: &str) -> Result<(), Error> {
-        let program = self.0.get(name).ok_or_else(|| error(format!("no filter for role '{name}'")))?;
-        seccompiler::apply_filter(program).map_err(error)
-    }
+/// The same program, but a call outside the list is logged by the kernel and passes.
+fn logging(code: &[sock_filter]) -> Vec<sock_filter> {
+    let trap = |row: &sock_filter| (u32::from(row.code), row.k) == (RETURN, libc::SECCOMP_RET_TRAP);
+    code.iter()
+        .map(|row| sock_filter { k: if trap(row) { libc::SECCOMP_RET_LOG } else { row.k }, ..row.clone() })
+        .collect()
 }
 
 /// Whether the kernel can filter system calls.
@@ -185,11 +187,8 @@ pub fn supported() -> bool {
 /// Installs the handler that names a refused call; once, before any filter.
 pub fn name_refused_calls(then: Refusal) -> Result<(), Error> {
     if let Refusal::Fail(policy) = then {
-        let policy: Value = serde_json::from_str(policy).map_err(error)?;
-        for row in join(&policy, &["never"], std::env::consts::ARCH)? {
-            let name = row["syscall"].as_str().unwrap_or_default();
-            let number = names::number(name).ok_or_else(|| error(format!("no system call '{name}'")))?;
-            FATAL.set(u32::try_from(number).map_err(error)?);
+        for number in policy.never {
+            FATAL.set(u32::try_from(*number).map_err(error)?);
         }
         LENIENT.store(true, Ordering::Relaxed);
     }
@@ -291,18 +290,26 @@ fn decimal(mut number: u32, digits: &mut [u8; 12]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy;
+    use serde_json::Value;
+    use std::collections::HashSet;
+
+    fn sources() -> [policy::Policy; 2] {
+        [include_str!("../policies/daemon.json"), include_str!("../policies/pr-helper.json")]
+            .map(|text| policy::Policy::parse(text).unwrap())
+    }
 
     /// The sections of a policy, with their rows.
-    fn sections(policy: &str) -> Vec<(String, Vec<Value>)> {
-        let Value::Object(mut policy) = serde_json::from_str(policy).unwrap() else { panic!("no object") };
-        policy.remove("roles");
-        let rows = |section: Value| section.get("filter").unwrap_or(&section).as_array().unwrap().clone();
-        policy.into_iter().map(|(name, section)| (name, rows(section))).collect()
+    fn sections(policy: policy::Policy) -> Vec<(String, Vec<Value>)> {
+        let Value::Object(mut sections) = policy.0 else { panic!("no object") };
+        sections.remove("roles");
+        sections.remove("optional");
+        sections.into_iter().map(|(name, rows)| (name, rows.as_array().unwrap().clone())).collect()
     }
 
     #[test]
     fn every_row_of_every_policy_has_a_reason() {
-        for (name, rows) in [PR_HELPER, DAEMON].into_iter().flat_map(sections) {
+        for (name, rows) in sources().into_iter().flat_map(sections) {
             for row in rows {
                 let reason = row["comment"].as_str().unwrap_or_default();
                 assert!(reason.len() > 5, "{name}: no reason for {row}");
@@ -311,39 +318,80 @@ mod tests {
     }
 
     #[test]
-    fn the_daemons_sections_compile_for_each_architecture() {
-        let sections = sections(DAEMON);
-        let names = sections.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
-        for arch in ["x86_64", "aarch64"] {
-            Filters::compile_for(arch, DAEMON, &[("all", names.clone())], Mode::Enforce).unwrap();
+    fn all_programs_compile_for_each_architecture() {
+        for policy in sources() {
+            for arch in ["x86_64", "aarch64"] {
+                for program in policy.programs(arch).unwrap() {
+                    assert!(program.code.len() < 4096, "{}: the kernel takes no longer ones", program.role);
+                }
+                policy.absent(arch).unwrap();
+            }
         }
     }
 
     #[test]
+    fn each_section_belongs_to_a_role() {
+        for policy in sources() {
+            let used: Vec<String> = policy.roles().into_iter().flat_map(|(_, sections)| sections).collect();
+            for (name, _) in sections(policy) {
+                assert!(used.contains(&name) || ["absent", "never"].contains(&name.as_str()), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn there_is_a_program_for_each_set_of_options() {
+        let [daemon, helper] = sources();
+        for (policy, source) in [(&DAEMON, daemon), (&PR_HELPER, helper)] {
+            let names: HashSet<_> = policy.roles().collect();
+            assert!(source.roles().iter().all(|(role, _)| names.contains(role.as_str())));
+            for program in source.programs(std::env::consts::ARCH).unwrap() {
+                let same = |built: &&Program| built.role == program.role && built.options == program.options;
+                assert_eq!(policy.programs.iter().find(same).unwrap().code, program.code);
+            }
+        }
+        assert_eq!(PR_HELPER.options().collect::<Vec<_>>(), ["remove", "cgroup", "background"]);
+        assert_eq!(PR_HELPER.programs.iter().filter(|program| program.role == "wire").count(), 8);
+        assert_eq!(DAEMON.options().collect::<Vec<_>>(), ["inet"]);
+    }
+
+    #[test]
+    fn logging_refuses_nothing() {
+        let code = DAEMON.programs[0].code;
+        let ends = |code: &[sock_filter], answer| {
+            code.iter().filter(|row| u32::from(row.code) == RETURN && row.k == answer).count()
+        };
+        let logged = logging(code);
+        assert_eq!(ends(&logged, libc::SECCOMP_RET_TRAP), 0);
+        assert_eq!(ends(&logged, libc::SECCOMP_RET_LOG), ends(code, libc::SECCOMP_RET_TRAP));
+        assert!(ends(code, libc::SECCOMP_RET_TRAP) > 0);
+    }
+
+    #[test]
     fn a_starter_can_do_all_that_it_starts() {
-        let mut roles: HashMap<_, _> = roles(DAEMON).unwrap().into_iter().collect();
-        let starter = roles.remove("starter").unwrap();
-        assert!(roles.into_values().flatten().all(|section| starter.contains(&section)));
+        let [daemon, _] = sources();
+        let (starter, others): (Vec<_>, Vec<_>) = daemon.roles().into_iter().partition(|row| row.0 == "starter");
+        assert!(others.into_iter().flat_map(|row| row.1).all(|section| starter[0].1.contains(&section)));
     }
 
     #[test]
     fn what_never_happens_is_in_no_other_section() {
-        let sections = sections(DAEMON);
-        let (never, others): (Vec<_>, Vec<_>) = sections.into_iter().partition(|(name, _)| name == "never");
-        for row in &never[0].1 {
-            let name = row["syscall"].as_str().unwrap();
-            assert!(row.get("only").is_some() || names::number(name).is_some(), "{name} has no number");
-            assert!(others.iter().flat_map(|(_, rows)| rows).all(|row| row["syscall"] != name), "{name} is allowed");
+        let [daemon, _] = sources();
+        let never = daemon.never("x86_64").unwrap();
+        assert!(never.iter().any(|name| name == "execve"));
+        let others = sections(daemon).into_iter().filter(|(section, _)| section != "never");
+        for row in others.flat_map(|(_, rows)| rows) {
+            assert!(!never.iter().any(|name| row["syscall"] == **name), "{row} is allowed");
         }
     }
 
     #[test]
     fn a_row_without_conditions_wins() {
-        let policy = serde_json::json!({
+        let policy = policy::Policy(serde_json::json!({
             "a": [{"syscall": "ioctl", "args": [1]}, {"syscall": "read", "args": [1]}],
             "b": [{"syscall": "ioctl"}, {"syscall": "open", "only": "z80"}],
-        });
-        let rows = join(&policy, &["a", "b"], "x86_64").unwrap();
+        }));
+        let rows = policy.join(&["a".to_owned(), "b".to_owned()], "x86_64").unwrap();
         assert_eq!(
             rows,
             [serde_json::json!({"syscall": "read", "args": [1]}), serde_json::json!({"syscall": "ioctl"})]

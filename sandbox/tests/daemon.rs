@@ -5,8 +5,8 @@
 
 mod support;
 
-use sandbox::syscall::{DAEMON, Filters, Mode, Refusal};
-use support::{Attempt, must_be_answered, must_come_back, must_end};
+use sandbox::syscall::{DAEMON, Refusal};
+use support::{Attempt, InRole};
 
 const WX: i64 = libc::PROT_EXEC as i64 | libc::PROT_WRITE as i64;
 
@@ -66,7 +66,7 @@ const ESCAPES: &[Attempt] = &[
 ];
 
 /// What one role has and another must not.
-const DIVIDED: &[(&str, Attempt)] = &[
+const DIVIDED: &[InRole] = &[
     ("iothread", ("openat", libc::SYS_openat, [-100, 0, 0])),
     ("iothread", ("openat", libc::SYS_openat, [-100, 0, libc::O_RDWR as i64])),
     ("iothread", ("socket", libc::SYS_socket, [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0])),
@@ -96,7 +96,7 @@ const DIVIDED: &[(&str, Attempt)] = &[
 ];
 
 /// What each role needs: it must come back, with whatever error the arguments give.
-const NEEDED: &[(&str, Attempt)] = &[
+const NEEDED: &[InRole] = &[
     ("control", ("openat", libc::SYS_openat, [-100, 0, libc::O_RDWR as i64])),
     ("control", ("socket", libc::SYS_socket, [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0])),
     ("control", ("socket", libc::SYS_socket, [libc::AF_INET6 as i64, libc::SOCK_STREAM as i64, 0])),
@@ -127,51 +127,35 @@ const NEEDED: &[(&str, Attempt)] = &[
     ("starter", ("seccomp", libc::SYS_seccomp, [9, 0, 0])),
 ];
 
-fn filters(role: &str) -> Filters {
-    let roles = sandbox::syscall::roles(DAEMON).unwrap();
-    let (_, sections) = roles.into_iter().find(|row| row.0 == role).unwrap();
-    let sections = sections.iter().map(String::as_str).collect();
-    Filters::compile(DAEMON, &[(role, sections)], Mode::Enforce).unwrap()
-}
-
 #[test]
 fn attempt() {
-    support::child(filters, Refusal::End);
+    support::child(&DAEMON, Refusal::End);
 }
 
 /// The same where calls are let fail, as `--sandbox default` has it.
 #[test]
 fn lenient_attempt() {
-    support::child(filters, Refusal::Fail(DAEMON));
+    support::child(&DAEMON, Refusal::Fail(&DAEMON));
 }
 
 #[test]
 fn a_refused_call_fails_and_one_that_is_never_made_ends_the_process() {
-    let program = ("execve", libc::SYS_execve, [0; 3]);
-    must_end(("lenient_attempt", "worker"), &program);
-    for (role, attempt) in DIVIDED {
-        must_be_answered(("lenient_attempt", role), attempt);
-    }
+    support::all_end("lenient_attempt", &[("worker", ("execve", libc::SYS_execve, [0; 3]))]);
+    support::all_are_answered("lenient_attempt", DIVIDED);
 }
 
 #[test]
 fn escapes_are_refused_in_every_role() {
-    for attempt in ESCAPES {
-        for (role, _) in sandbox::syscall::roles(DAEMON).unwrap() {
-            // To take on a further filter is what the starter is there for.
-            if (role.as_str(), attempt.0) != ("starter", "seccomp") {
-                must_end(("attempt", &role), attempt);
-            }
-        }
-    }
+    // To take on a further filter is what the starter is there for.
+    support::escapes(&DAEMON, ESCAPES, &[("starter", "seccomp")]);
 }
 
 #[test]
 fn roles_do_not_have_each_others_calls() {
-    DIVIDED.iter().for_each(|(role, attempt)| must_end(("attempt", role), attempt));
+    support::all_end("attempt", DIVIDED);
 }
 
 #[test]
 fn what_a_role_needs_comes_back() {
-    NEEDED.iter().for_each(|(role, attempt)| must_come_back(("attempt", role), attempt));
+    support::all_come_back(NEEDED);
 }

@@ -8,16 +8,8 @@
 
 mod support;
 
-use sandbox::syscall::{Filters, Mode, PR_HELPER, Refusal};
-use support::{Attempt, must_come_back, must_end};
-
-/// The sections of each role, with everything that options can add.
-const ROLES: [(&str, &[&str]); 4] = [
-    ("wire", &["wire", "wire+remove", "wire+cgroup", "wire+background"]),
-    ("worker", &["worker"]),
-    ("logger", &["logger"]),
-    ("closer", &["closer"]),
-];
+use sandbox::syscall::{PR_HELPER, Refusal};
+use support::{Attempt, InRole};
 
 const EXEC: i64 = libc::PROT_EXEC as i64 | libc::PROT_READ as i64;
 
@@ -92,7 +84,7 @@ const ESCAPES: &[Attempt] = &[
 ];
 
 /// What one role has and another must not.
-const DIVIDED: &[(&str, Attempt)] = &[
+const DIVIDED: &[InRole] = &[
     ("wire", ("ioctl", libc::SYS_ioctl, [-1, 0x2285, 0])),
     ("logger", ("ioctl", libc::SYS_ioctl, [-1, 0x2285, 0])),
     ("worker", ("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])),
@@ -110,7 +102,7 @@ const DIVIDED: &[(&str, Attempt)] = &[
 ];
 
 /// What each role needs: it must come back, with whatever error the arguments give.
-const NEEDED: &[(&str, Attempt)] = &[
+const NEEDED: &[InRole] = &[
     ("wire", ("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])),
     ("wire", ("sendmsg", libc::SYS_sendmsg, [-1, 0, 0])),
     ("wire", ("accept4", libc::SYS_accept4, [-1, 0, 0])),
@@ -138,28 +130,20 @@ const NEEDED: &[(&str, Attempt)] = &[
 
 #[test]
 fn attempt() {
-    let filters = |role: &str| {
-        let (role, sections) = ROLES.into_iter().find(|row| row.0 == role).unwrap();
-        Filters::compile(PR_HELPER, &[(role, sections.to_vec())], Mode::Enforce).unwrap()
-    };
-    support::child(filters, Refusal::End);
+    support::child(&PR_HELPER, Refusal::End);
 }
 
 #[test]
 fn escapes_are_refused_in_every_role() {
-    for attempt in ESCAPES {
-        for (role, _) in ROLES {
-            must_end(("attempt", role), attempt);
-        }
-    }
+    support::escapes(&PR_HELPER, ESCAPES, &[]);
 }
 
 #[test]
 fn roles_do_not_have_each_others_calls() {
-    DIVIDED.iter().for_each(|(role, attempt)| must_end(("attempt", role), attempt));
+    support::all_end("attempt", DIVIDED);
 }
 
 #[test]
 fn what_a_role_needs_comes_back() {
-    NEEDED.iter().for_each(|(role, attempt)| must_come_back(("attempt", role), attempt));
+    support::all_come_back(NEEDED);
 }
