@@ -295,3 +295,45 @@ fn a_migration_finds_what_was_written() {
     front.read(0, 8192);
     assert_eq!(dirty(), [0; 0], "no longer logged");
 }
+
+/// What a guest's live migration to another daemon does with the image: it is inactive there until the first one has let go of it.
+#[test]
+fn a_disk_that_passes_to_another_daemon() {
+    if known_defect("vhost-user-blk exports cannot be inactive") {
+        return;
+    }
+    let first = Setup::new().qmp().line("--blockdev driver=null-co,node-name=n").start();
+    let image = first.path("disk.qcow2");
+    tests::tools::ok("qemu-img", ["create", "-q", "-f", "qcow2", image.to_str().unwrap(), "8M"]);
+    let file = json!({"driver": "file", "filename": image});
+    let node = |active: bool| json!({"driver": "qcow2", "node-name": "disk", "file": file, "active": active});
+    let export = |daemon: &tests::Daemon, inactive: bool| {
+        let addr = json!({"type": "unix", "path": socket(daemon)});
+        json!({"type": "vhost-user-blk", "id": "e", "node-name": "disk", "addr": addr, "writable": true,
+            "allow-inactive": inactive})
+    };
+    let mut qmp = first.qmp();
+    qmp.ok("blockdev-add", node(true));
+    qmp.ok("block-export-add", export(&first, false));
+    let mut old = client(&first);
+    old.write(0, &[1; 4096]);
+
+    let second = Setup::new().qmp().line("--blockdev driver=null-co,node-name=n").start();
+    let mut other = second.qmp();
+    other.ok("blockdev-add", node(false));
+    other.ok("block-export-add", export(&second, true));
+    let mut new = client(&second);
+    assert_eq!(new.request(0, req::OUT, 0, &[9; 4096], 0).0, 1, "it may not write yet");
+    other.refused("blockdev-set-active", json!({"node-name": "disk", "active": true}));
+
+    // Room in the image that the second daemon has never seen.
+    old.write(8000, &[2; 4096]);
+    qmp.ok("block-export-del", json!({"id": "e", "mode": "hard"}));
+    qmp.event("BLOCK_EXPORT_DELETED");
+    qmp.ok("blockdev-set-active", json!({"node-name": "disk", "active": false}));
+    other.ok("blockdev-set-active", json!({"node-name": "disk", "active": true}));
+    assert_eq!(new.read(0, 4096), [1; 4096]);
+    assert_eq!(new.read(8000, 4096), [2; 4096]);
+    new.write(0, &[3; 4096]);
+    assert_eq!(new.read(0, 4096), [3; 4096]);
+}

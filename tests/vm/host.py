@@ -54,8 +54,9 @@ class Qmp:
 class Vm:
     """A VM that `run` drives, its output relayed and looked at."""
     def __init__(self, host, arguments, name):
-        self.name = name
-        self.process = subprocess.Popen([HERE + "/run", *arguments], stdout=subprocess.PIPE, text=True)
+        self.errors = host.path(name + ".err")
+        with open(self.errors, "w") as errors:
+            self.process = subprocess.Popen([HERE + "/run", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True)
         self.seen, self.news = [], threading.Condition()
         self.over = False
         self.thread = threading.Thread(target=self._relay, daemon=True)
@@ -84,9 +85,12 @@ class Vm:
         with self.news:
             return list(self.seen)
 
-    def wait(self):
+    def wait(self, told=False):
+        """Waits for its end, and shows its console if it was not told to end and is not content."""
         status = self.process.wait()
         self.thread.join()
+        if status and not told:
+            sys.stdout.write(open(self.errors, errors="replace").read())
         return status
 
 

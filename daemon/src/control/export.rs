@@ -152,7 +152,8 @@ impl Control {
         if options.writable && node.options().read_only {
             return Err(Error::generic("Cannot export read-only node as writable"));
         }
-        if options.allow_inactive && !matches!(options.export, BlockExportVariant::Nbd(_)) {
+        let can_wait = matches!(options.export, BlockExportVariant::Nbd(_) | BlockExportVariant::VhostUserBlk(_));
+        if options.allow_inactive && !can_wait {
             return Err(Error::generic("Export type does not support inactive exports"));
         }
         if !options.allow_inactive {
