@@ -4,5 +4,6 @@
 #[cfg(target_arch = "x86_64")]
 mod drill;
 mod modes;
+mod serving;
 #[cfg(target_arch = "x86_64")]
 mod tracee;

@@ -79,7 +79,9 @@ fn strict_knows_the_files_of_the_command_line_and_no_others() {
 #[test]
 fn strict_has_no_network_unless_the_command_line_asks_for_it() {
     not_on_reference!();
-    let start = |line: &str| Setup::new().line("--sandbox strict --object iothread,id=i").qmp().line(line).start();
+    let start = |line: &str| {
+        Setup::new().with_refusals().line("--sandbox strict --object iothread,id=i").qmp().line(line).start()
+    };
     let server = json!({"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}});
     let mut closed = start("");
     closed.qmp_raw().negotiate();

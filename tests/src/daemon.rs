@@ -33,6 +33,7 @@ pub struct Setup {
     fds: Vec<OwnedFd>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
+    refusals: bool,
 }
 
 impl Default for Setup {
@@ -68,7 +69,14 @@ impl Setup {
             fds: Vec::new(),
             stdin: None,
             stdout: None,
+            refusals: false,
         }
+    }
+
+    /// Its sandbox may refuse calls; otherwise the test fails when it does.
+    pub fn with_refusals(mut self) -> Self {
+        self.refusals = true;
+        self
     }
 
     /// A file in the daemon's directory.
@@ -161,7 +169,7 @@ impl Setup {
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("make a descriptor private");
         }
         self.fds.clear();
-        Daemon { dir: self.dir, child, ended: None }
+        Daemon { dir: self.dir, child, ended: None, refusals: self.refusals }
     }
 
     /// Starts the program and waits until it serves; fails the test when it ends instead.
@@ -197,6 +205,7 @@ pub struct Daemon {
     dir: TempDir,
     child: Child,
     ended: Option<ExitStatus>,
+    refusals: bool,
 }
 
 impl Daemon {
@@ -309,6 +318,9 @@ impl Drop for Daemon {
                 &mut std::io::stderr(),
                 format!("the daemon's standard error: {}\n", self.stderr()).as_bytes(),
             );
+        } else if !self.refusals {
+            let said = self.stderr();
+            assert!(!said.contains("sandbox: system call"), "the sandbox refused what serving needs: {said}");
         }
     }
 }

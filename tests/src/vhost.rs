@@ -175,6 +175,11 @@ pub fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("make an event descriptor")
 }
 
+/// A new event descriptor that its owner may block on.
+pub fn blocking_event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC).expect("make an event descriptor")
+}
+
 /// A new file in memory of so many bytes.
 pub fn memory(size: u64) -> File {
     let fd = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("make a memory file");
@@ -358,6 +363,12 @@ impl FrontEnd {
         let buffers = BUFFERS + u64::from(index) * u64::from(size / 3) * BUFFER;
         self.queues.push(Queue { size, at, kick: event(), call: event(), available: 0, seen: 0, buffers });
         self.start_queue(index, 0);
+    }
+
+    /// Has the device ring `call` for a queue from now on.
+    pub fn call_by(&mut self, index: u32, call: OwnedFd) {
+        self.tell(msg::SET_VRING_CALL, &longs(&[u64::from(index)]), &[call.as_fd()]);
+        self.queue_mut(index).call = call;
     }
 
     /// The payload that says where the rings are.

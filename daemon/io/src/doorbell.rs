@@ -6,6 +6,7 @@
 //! that could block a write is rung by the kernel, as the signal that a ring of ours has a completion.
 
 use crate::polling::note_event;
+use crate::{ring, threads};
 use io_uring::{IoUring, opcode};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -114,15 +115,16 @@ impl Bell {
     /// Will ring `fd`.
     ///
     /// # Errors
-    /// It is no event counter.
+    /// It is no event counter; no more threads are started, so no ring is made either.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         if check(&fd)? {
             return Ok(Self(How::Write(fd)));
         }
-        let ring = IoUring::new(2).and_then(|ring| {
-            ring.submitter().register_eventfd(fd.as_raw_fd())?;
-            Ok(ring)
-        });
+        // On the thread that may make rings; it can do no more than complete at once.
+        let (ring, fd) = threads::on_starter(move || {
+            let signal = |ring: &IoUring| ring.submitter().register_eventfd(fd.as_raw_fd());
+            (ring::limited(&[IoUring::builder()], 2, &[opcode::Nop::CODE], signal), fd)
+        })?;
         Ok(Self(match ring {
             Ok(ring) => How::Signal(Box::new(RefCell::new(ring))),
             Err(_) => How::Thread(Arc::new(fd)),

@@ -119,6 +119,33 @@ pub(crate) enum SyncKind {
     All,
 }
 
+/// Sets up a ring that can do these operations and no others, with the first of the setups that the kernel knows. What is to be
+/// registered with it, `register` does: later nothing can be.
+///
+/// # Errors
+/// The kernel has no io_uring or forbids it; `register` failed.
+pub(crate) fn limited(
+    setups: &[io_uring::Builder],
+    entries: u32,
+    operations: &[u8],
+    register: impl FnOnce(&IoUring) -> io::Result<()>,
+) -> io::Result<IoUring> {
+    // Disabled: nothing is taken until the ring is restricted.
+    let made = setups.iter().find_map(|setup| setup.clone().setup_r_disabled().build(entries).ok());
+    let (uring, restricts) = match made {
+        Some(uring) => (uring, true),
+        // Linux before 5.10 cannot restrict a ring.
+        None => (IoUring::builder().setup_clamp().build(entries)?, false),
+    };
+    register(&uring)?;
+    if restricts {
+        let mut allowed: Vec<_> = operations.iter().copied().map(Restriction::sqe_op).collect();
+        uring.submitter().register_restrictions(&mut allowed)?;
+        uring.submitter().register_enable_rings()?;
+    }
+    Ok(uring)
+}
+
 impl Ring {
     /// Sets up a ring for the calling thread, with the best flags that the kernel knows.
     ///
@@ -126,29 +153,19 @@ impl Ring {
     /// The kernel has no io_uring, forbids it, or lacks an operation that is needed.
     pub(crate) fn new(max_batch: Arc<AtomicU32>) -> io::Result<Rc<Self>> {
         let mut plain = IoUring::builder();
-        // Nothing is taken until the ring is restricted to its operations.
-        plain.setup_r_disabled();
         let mut coop = plain.clone();
         coop.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
         let mut best = coop.clone();
         best.setup_single_issuer();
-        let uring =
-            best.build(ENTRIES).or_else(|_| coop.build(ENTRIES)).or_else(|_| plain.setup_clamp().build(ENTRIES));
-        let (uring, restricted) = match uring {
-            Ok(uring) => (uring, true),
-            // Linux before 5.10 cannot restrict a ring.
-            Err(_) => (IoUring::builder().setup_clamp().build(ENTRIES)?, false),
-        };
-        let mut probe = Probe::new();
-        uring.submitter().register_probe(&mut probe)?;
-        if !uring.params().is_feature_nodrop() || !OPERATIONS.iter().all(|op| probe.is_supported(*op)) {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring lacks the operations of Linux 5.6"));
-        }
-        if restricted {
-            let mut allowed = OPERATIONS.map(Restriction::sqe_op);
-            uring.submitter().register_restrictions(&mut allowed)?;
-            uring.submitter().register_enable_rings()?;
-        }
+        plain.setup_clamp();
+        let uring = limited(&[best, coop, plain], ENTRIES, &OPERATIONS, |uring| {
+            let mut probe = Probe::new();
+            uring.submitter().register_probe(&mut probe)?;
+            if !uring.params().is_feature_nodrop() || !OPERATIONS.iter().all(|op| probe.is_supported(*op)) {
+                return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring lacks the operations of Linux 5.6"));
+            }
+            Ok(())
+        })?;
         let inner =
             Inner { uring, slab: Slab::default(), unsubmitted: VecDeque::new(), in_flight: 0, task: None, dead: false };
         Ok(Rc::new(Self { inner: RefCell::new(inner), max_batch }))

@@ -24,7 +24,7 @@ pub enum Role {
     Connector,
     /// Talks to the helper for reservations.
     Reservations,
-    /// Starts the others.
+    /// Starts the others, and makes the rings of those that may not.
     Starter,
 }
 
@@ -33,15 +33,11 @@ type Enter = dyn Fn(Role) -> io::Result<()> + Send + Sync;
 
 struct Starter {
     enter: Arc<Enter>,
-    threads: Sender<Request>,
+    work: Sender<Work>,
 }
 
-struct Request {
-    name: String,
-    stack: Option<usize>,
-    work: Box<dyn FnOnce() + Send>,
-    started: Sender<io::Result<()>>,
-}
+/// What the starter does for another thread; it must not wait for anything.
+type Work = Box<dyn FnOnce() + Send>;
 
 static STARTER: OnceLock<Starter> = OnceLock::new();
 
@@ -52,7 +48,7 @@ static STARTER: OnceLock<Starter> = OnceLock::new();
 pub fn confine(take_on: impl Fn(Role) -> io::Result<()> + Send + Sync + 'static) -> io::Result<()> {
     let enter: Arc<Enter> = Arc::new(take_on);
     let take_on = Arc::clone(&enter);
-    let (threads, requests) = channel::<Request>();
+    let (work, queue) = channel::<Work>();
     let (tell, told) = channel();
     Builder::new().name("starter".into()).spawn(move || {
         let limited = take_on(Role::Starter);
@@ -62,18 +58,28 @@ pub fn confine(take_on: impl Fn(Role) -> io::Result<()> + Send + Sync + 'static)
         if stop {
             return;
         }
-        while let Ok(Request { name, stack, work, started }) = requests.recv() {
-            // Nobody waits any more only at the end of the process.
-            let _ = started.send(start(&name, stack, work));
+        while let Ok(work) = queue.recv() {
+            work();
         }
     })?;
     told.recv().map_err(io::Error::other)??;
-    STARTER.set(Starter { enter, threads }).map_err(|_| io::Error::other("threads are confined already"))
+    STARTER.set(Starter { enter, work }).map_err(|_| io::Error::other("threads are confined already"))
 }
 
-fn start(name: &str, stack: Option<usize>, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
-    let builder = Builder::new().name(name.to_owned());
-    stack.map_or(builder, |size| Builder::new().name(name.to_owned()).stack_size(size)).spawn(work).map(drop)
+/// Has the starter do something that only it may, and waits for the result. Without a sandbox the caller does it.
+///
+/// # Errors
+/// There is no starter any more: the process ends.
+pub(crate) fn on_starter<T: Send + 'static>(make: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let Some(starter) = STARTER.get() else { return Ok(make()) };
+    let (tell, made) = channel();
+    let gone = || io::Error::other("threads are not started any more");
+    let work = Box::new(move || {
+        // Nobody waits any more only at the end of the process.
+        let _ = tell.send(make());
+    });
+    starter.work.send(work).map_err(|_| gone())?;
+    made.recv().map_err(|_| gone())
 }
 
 /// The calling thread takes on the limits of `role`, if there are any.
@@ -102,12 +108,12 @@ pub(crate) fn spawn_unlimited(
     stack: Option<usize>,
     work: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
-    let Some(starter) = STARTER.get() else { return start(name, stack, Box::new(work)) };
-    let (started, result) = channel();
-    let gone = |_| io::Error::other("threads are not started any more");
-    let request = Request { name: name.to_owned(), stack, work: Box::new(work), started };
-    starter.threads.send(request).map_err(|_| gone(()))?;
-    result.recv().map_err(|_| gone(()))?
+    let builder = Builder::new().name(name.to_owned());
+    let builder = match stack {
+        Some(size) => builder.stack_size(size),
+        None => builder,
+    };
+    on_starter(move || builder.spawn(work).map(drop))?
 }
 
 #[cfg(test)]
