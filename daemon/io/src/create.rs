@@ -42,15 +42,19 @@ const HAS_EXTENT_SIZE: u32 = 0x0000_0800;
 
 impl File {
     /// Opens `path` for reading and writing, off the event loop, and makes the file if there is none (mode 0644 less the
-    /// umask).
+    /// umask). Its name is on stable storage then: what is flushed to it later can be found again.
     ///
     /// # Errors
-    /// What open(2) says.
+    /// What open(2), or fsync(2) of the folder, says.
     pub async fn create(path: &Path, engine: Engine) -> io::Result<Self> {
         let path = path.to_owned();
         let flags = OFlag::O_CLOEXEC | OFlag::O_RDWR | OFlag::O_CREAT;
-        let fd = pool::blocking(move || nix::fcntl::open(&path, flags, Mode::from_bits_truncate(0o644))).await??;
-        Self::from_fd(fd, engine)
+        let create = move || {
+            let fd = nix::fcntl::open(&path, flags, Mode::from_bits_truncate(0o644))?;
+            sync_folder(&path)?;
+            Ok::<_, Errno>(fd)
+        };
+        Self::from_fd(pool::blocking(create).await??, engine)
     }
 
     /// Has the file system write an empty file in place, always.
@@ -69,6 +73,17 @@ impl File {
     pub async fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
         let fd = Arc::clone(&self.fd);
         Ok(pool::blocking(move || set_extent_size(&fd, bytes)).await??)
+    }
+}
+
+/// Puts the names in the folder of `path` on stable storage.
+fn sync_folder(path: &Path) -> Result<(), Errno> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let flags = OFlag::O_CLOEXEC | OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+    match nix::fcntl::open(folder, flags, Mode::empty()).and_then(|fd| nix::unistd::fsync(&fd)) {
+        // A folder that may be used but not read, and file systems without the call: there it is as good as it gets.
+        Err(Errno::EACCES | Errno::EPERM | Errno::EINVAL | Errno::ENOSYS | Errno::EROFS) => Ok(()),
+        result => result,
     }
 }
 

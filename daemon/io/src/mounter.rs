@@ -145,12 +145,13 @@ fn settle(socket: OwnedFd) -> io::Result<OwnedFd> {
 
 /// Carries out requests until the daemon has gone; the exit status.
 fn serve(socket: &OwnedFd, places: Option<&[PathBuf]>) -> i32 {
+    let mut mounted = Vec::new();
     loop {
         let Ok((request, _)) = receive(socket.as_fd()) else { return 1 };
         if request.is_empty() {
             return 0;
         }
-        let result = carry_out(&request, places);
+        let result = carry_out(&request, places, &mut mounted);
         let (code, words) = match &result {
             Ok(_) => (0, String::new()),
             Err(error) => match error.raw_os_error() {
@@ -174,7 +175,8 @@ fn serve(socket: &OwnedFd, places: Option<&[PathBuf]>) -> i32 {
     }
 }
 
-fn carry_out(request: &[u8], places: Option<&[PathBuf]>) -> io::Result<Option<OwnedFd>> {
+/// `mounted` is what was mounted here and not unmounted: nothing else is unmounted.
+fn carry_out(request: &[u8], places: Option<&[PathBuf]>, mounted: &mut Vec<PathBuf>) -> io::Result<Option<OwnedFd>> {
     let (path, options) = match request {
         [b'u', path @ ..] => (path, None),
         [b'm', rest @ ..] => {
@@ -190,10 +192,21 @@ fn carry_out(request: &[u8], places: Option<&[PathBuf]>) -> io::Result<Option<Ow
         return Err(Errno::EACCES.into());
     }
     match options {
-        None => fuse_mount::unmount(path).map(|()| None),
+        None => {
+            let index = mounted.iter().rposition(|place| place == path).ok_or(Errno::EINVAL)?;
+            fuse_mount::unmount(path)?;
+            mounted.remove(index);
+            Ok(None)
+        }
         // No set-user-id program and no device file comes from an image.
         Some(options) if options.split(',').all(is_harmless) => {
-            fuse_mount::mount(path, &format!("{options},nosuid,nodev")).map(Some)
+            // Whoever could mount on a folder could put other programs under their names.
+            if !std::fs::symlink_metadata(path)?.is_file() {
+                return Err(io::Error::other(format!("{} is not a regular file", path.display())));
+            }
+            let device = fuse_mount::mount(path, &format!("{options},nosuid,nodev"))?;
+            mounted.push(path.to_owned());
+            Ok(Some(device))
         }
         Some(_) => Err(Errno::EPERM.into()),
     }
@@ -209,7 +222,7 @@ mod tests {
     use super::*;
 
     fn errno(request: &[u8], places: Option<&[PathBuf]>) -> Option<i32> {
-        carry_out(request, places).unwrap_err().raw_os_error()
+        carry_out(request, places, &mut Vec::new()).unwrap_err().raw_os_error()
     }
 
     #[test]
@@ -225,6 +238,13 @@ mod tests {
         assert_eq!(errno(b"m/nowhere\0ro", Some(&places)), Some(libc::EACCES));
         assert_eq!(errno(b"u/nowhere", Some(&places)), Some(libc::EACCES));
         assert_eq!(errno(b"m/somewhere/../nowhere\0ro", Some(&places)), Some(libc::EACCES));
+    }
+
+    #[test]
+    fn nothing_but_files_is_mounted_on_and_nothing_of_others_unmounted() {
+        let error = carry_out(b"m/proc\0ro", None, &mut Vec::new()).unwrap_err();
+        assert_eq!(error.to_string(), "/proc is not a regular file");
+        assert_eq!(errno(b"u/proc", None), Some(libc::EINVAL));
     }
 
     #[test]
