@@ -97,3 +97,171 @@ fn enabled_bitmaps_record() {
         run(path, "qemu-img", &["check", "-q", "-f", "qcow2", "marked"]);
     }
 }
+
+/// What happens to an image, one after the other.
+#[derive(Clone, Copy)]
+enum Step {
+    Resize(u64),
+    Write(u64, usize),
+}
+
+/// The steps by ours, while the image is open all the time.
+fn ours(dir: &Path, image: &'static str, steps: &'static [Step]) {
+    let path = dir.to_owned();
+    on_thread(move || async move {
+        let file = json!({ "driver": "file", "filename": path.join(image).to_str().unwrap() });
+        let mut graph = graph();
+        graph.add(&options(&json!({ "driver": "qcow2", "node-name": "q", "file": file }))).await.unwrap();
+        let disk = attach(&mut graph, "q", true).await;
+        let node = disk.node();
+        for step in steps {
+            match *step {
+                Step::Resize(size) => graph.resize(&node, size).await.unwrap(),
+                Step::Write(at, len) => {
+                    let buf = IoBuf::alloc(len);
+                    buf.fill(9);
+                    disk.write(at, &buf, WriteFlags::NONE).await.unwrap();
+                }
+            }
+        }
+        graph.detach(disk).await;
+        graph.close_all().await;
+    });
+}
+
+/// The same by the reference.
+fn theirs(dir: &Path, image: &str, steps: &[Step]) {
+    for step in steps {
+        match *step {
+            Step::Resize(size) => {
+                run(dir, "qemu-img", &["resize", "-q", "--shrink", "-f", "qcow2", image, &size.to_string()]);
+            }
+            Step::Write(at, len) => qemu_io(dir, image, &[&format!("write -P 9 {at} {len}")]),
+        }
+    }
+}
+
+#[test]
+fn bitmaps_are_resized_with_the_disk() {
+    if !has_qemu() {
+        return;
+    }
+    const M: u64 = 1 << 20;
+    const STEPS: &[Step] = &[
+        Step::Write(15 * M, 100 << 10),
+        Step::Resize(24 * M),
+        Step::Write(23 * M, 70_000),
+        // A table of the small clusters takes more than one now.
+        Step::Resize(200 * M),
+        Step::Write(199 * M + 512, 4096),
+        Step::Resize(23 * M + 1536),
+        Step::Resize(150 * M),
+        Step::Write(140 * M, 512),
+        Step::Resize(15 * M + 3 * 4096),
+        Step::Resize(16 * M),
+        Step::Write(16 * M - 512, 512),
+    ];
+    // In memory: both programs flush after each step.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = dir.path();
+    for (image, options) in [
+        ("small", "cluster_size=512"),
+        ("usual", "cluster_size=65536"),
+        ("large", "cluster_size=2097152,lazy_refcounts=on"),
+        ("snapshot", "cluster_size=512"),
+        ("data", "cluster_size=4096,data_file=data.raw"),
+    ] {
+        create(path, &format!("-o {options} {image} 16M"));
+        for granularity in ["512", "65536"] {
+            run(path, "qemu-img", &["bitmap", "--add", "-g", granularity, image, granularity]);
+        }
+        qemu_io(path, image, &["write -P 3 0 64k", "write -P 3 9M 64k", "write -P 3 15500k 300k"]);
+        run(path, "qemu-img", &["bitmap", "--add", "--disable", "-g", "512", image, "resting"]);
+        run(path, "qemu-img", &["bitmap", "--merge", "512", image, "resting"]);
+        if image == "snapshot" {
+            run(path, "qemu-img", &["snapshot", "-c", "one", image]);
+        }
+        if image == "data" {
+            // Both would be written to: one after the other.
+            std::fs::copy(path.join("data.raw"), path.join("data.copy")).unwrap();
+        }
+        std::fs::copy(path.join(image), path.join("theirs")).unwrap();
+        theirs(path, "theirs", STEPS);
+        let expected: Vec<_> = ["512", "65536", "resting"].map(|name| dirty(path, "theirs", name)).into();
+        if image == "data" {
+            std::fs::rename(path.join("data.copy"), path.join("data.raw")).unwrap();
+        }
+        ours(path, image, STEPS);
+        run(path, "qemu-img", &["check", "-q", "-f", "qcow2", image]);
+        let found: Vec<_> = ["512", "65536", "resting"].map(|name| dirty(path, image, name)).into();
+        assert_eq!(found, expected, "{image}");
+        let all = ["512", "65536", "resting"];
+        assert!(
+            flags(path, image)
+                .iter()
+                .all(|(name, flags)| { all.contains(&name.as_str()) && flags.iter().all(|flag| flag == "auto") })
+        );
+    }
+    let size = std::fs::metadata(path.join("data.raw")).unwrap().len();
+    assert_eq!(size, 16 * M, "the data file follows");
+}
+
+/// Where the directory of bitmaps is, and the table of the first bitmap.
+fn places(image: &[u8]) -> (usize, usize) {
+    let number = |at: usize| usize::try_from(u64::from_be_bytes(image[at..at + 8].try_into().unwrap())).unwrap();
+    let at = image.windows(4).position(|bytes| bytes == 0x2385_2875_u32.to_be_bytes()).unwrap();
+    let directory = number(at + 24);
+    (directory, number(directory))
+}
+
+#[test]
+fn an_entry_for_set_bits_only_ends_with_the_disk() {
+    if !has_qemu() {
+        return;
+    }
+    const M: u64 = 1 << 20;
+    let dir = folder();
+    let path = dir.path();
+    for (steps, expected) in [
+        (&[Step::Resize(64 * M)][..], (16 * M, 4 * M)),
+        (&[Step::Resize(18 * M), Step::Resize(20 * M)], (16 * M, 2 * M)),
+        (&[Step::Resize(16 * M), Step::Resize(32 * M), Step::Write(20 * M, 4096)], (20 * M, 4096)),
+    ] {
+        create(path, "-o cluster_size=4096 image 20M");
+        run(path, "qemu-img", &["bitmap", "--add", "-g", "512", "image", "b"]);
+        let mut image = std::fs::read(path.join("image")).unwrap();
+        let (_, table) = places(&image);
+        // The second entry, of bits from 16 MiB on.
+        image[table + 8..table + 16].copy_from_slice(&1u64.to_be_bytes());
+        std::fs::write(path.join("image"), &image).unwrap();
+        ours(path, "image", steps);
+        run(path, "qemu-img", &["check", "-q", "-f", "qcow2", "image"]);
+        assert_eq!(dirty(path, "image", "b"), [expected]);
+    }
+}
+
+#[test]
+fn inconsistent_bitmaps_forbid_a_resize() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = folder();
+    create(dir.path(), "image 4M");
+    run(dir.path(), "qemu-img", &["bitmap", "--add", "image", "b"]);
+    let mut image = std::fs::read(dir.path().join("image")).unwrap();
+    let (directory, _) = places(&image);
+    image[directory + 15] |= 1;
+    std::fs::write(dir.path().join("image"), &image).unwrap();
+    let path = dir.path().to_owned();
+    on_thread(move || async move {
+        let file = json!({ "driver": "file", "filename": path.join("image").to_str().unwrap() });
+        let mut graph = graph();
+        graph.add(&options(&json!({ "driver": "qcow2", "node-name": "q", "file": file }))).await.unwrap();
+        let node = std::sync::Arc::clone(graph.get("q").unwrap());
+        for size in [8 << 20, 1 << 20] {
+            let refused = graph.resize(&node, size).await.unwrap_err();
+            assert_eq!(refused.desc, "Bitmap 'b' is inconsistent and cannot be used");
+        }
+        graph.close_all().await;
+    });
+}

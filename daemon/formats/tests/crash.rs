@@ -7,7 +7,7 @@ mod common;
 
 use block::snapshot::SnapshotFacts;
 use block::testing::{CrashDriver, History};
-use block::{Disk, NodeOptions, Span, WriteFlags, ZeroFlags};
+use block::{Disk, Graph, NodeOptions, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use common::{attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
 use serde_json::json;
@@ -41,8 +41,19 @@ struct Client {
     blocks: Vec<Vec<Change>>,
     /// Flushes: asked for and acknowledged.
     flushes: Vec<(usize, usize)>,
+    /// Lengths of the disk: asked for, acknowledged, in blocks.
+    sizes: Vec<(usize, usize, usize)>,
     /// Snapshots come and go meanwhile.
     snapshots: bool,
+    /// The disk gets other lengths meanwhile.
+    resizes: bool,
+}
+
+impl Client {
+    /// Blocks of the disk as it is.
+    fn size(&self) -> usize {
+        self.sizes.last().unwrap().2
+    }
 }
 
 async fn one(disk: &Disk, history: &History, first: usize, count: usize, kind: usize, byte: u8) -> (usize, usize) {
@@ -79,10 +90,33 @@ async fn snapshot(disk: &Disk, history: &Arc<History>, client: &mut Client, rand
     client.flushes.push((asked, history.mark(2)));
 }
 
-async fn work(disk: &Disk, history: &Arc<History>, client: &mut Client, random: &mut Random, rounds: usize) {
-    let total = client.blocks.len();
+/// Gives the disk another length. What completed before is as durable as after a flush; what is cut off does not come back.
+async fn resize(graph: &mut Graph, disk: &Disk, history: &Arc<History>, client: &mut Client, random: &mut Random) {
+    let blocks = 64 + random.next(1536);
+    let asked = history.mark(3);
+    graph.resize(&disk.node(), u64::try_from(blocks * BLOCK).unwrap()).await.unwrap();
+    let done = history.mark(3);
+    for block in client.blocks.iter_mut().skip(blocks) {
+        block.push(Change { byte: 0, asked, done });
+    }
+    while client.blocks.len() < blocks {
+        client.blocks.push(vec![Change { byte: 0, asked: 0, done: 0 }]);
+    }
+    client.sizes.push((asked, done, blocks));
+    client.flushes.push((asked, done));
+}
+
+async fn work(
+    graph: &mut Graph,
+    disk: &Disk,
+    history: &Arc<History>,
+    client: &mut Client,
+    random: &mut Random,
+    rounds: usize,
+) {
     let mut next = 1u8;
     for _ in 0..rounds {
+        let total = client.size();
         // Up to six requests on different blocks, and perhaps a flush among them.
         let mut running = tokio::task::JoinSet::new();
         let parts = 1 + random.next(6);
@@ -135,8 +169,12 @@ async fn work(disk: &Disk, history: &Arc<History>, client: &mut Client, random: 
         if client.snapshots && random.next(4) == 0 {
             snapshot(disk, history, client, random).await;
         }
+        if client.resizes && random.next(4) == 0 {
+            resize(graph, disk, history, client, random).await;
+        }
         // What discards made of their blocks.
-        for (i, block) in client.blocks.iter_mut().enumerate() {
+        let size = client.size();
+        for (i, block) in client.blocks.iter_mut().take(size).enumerate() {
             let [.., old, zero] = &block[..] else { continue };
             if old.asked == zero.asked && old.done == zero.done {
                 let buf = IoBuf::alloc(BLOCK);
@@ -184,10 +222,12 @@ fn survives_crashes(name: &'static str, prepare: impl Fn(&Path, &str), seed: u64
                 let mut client = Client {
                     blocks: before.chunks(BLOCK).map(start).collect(),
                     flushes: Vec::new(),
+                    sizes: vec![(0, 0, before.len() / BLOCK)],
                     snapshots: name.contains("snapshots"),
+                    resizes: name.contains("resized"),
                 };
                 let mut random = Random(seed);
-                work(&disk, &history, &mut client, &mut random, rounds).await;
+                work(&mut graph, &disk, &history, &mut client, &mut random, rounds).await;
                 graph.detach(disk).await;
                 graph.close_all().await;
                 let steps = history.steps().len();
@@ -229,7 +269,14 @@ async fn verify(dir: &Path, name: &str, image: &[u8], client: &Client, crash: us
     node["discard"] = json!("ignore");
     graph.add(&options(&node)).await.unwrap();
     let disk = attach(&mut graph, "q", false).await;
-    for (i, block) in client.blocks.iter().enumerate() {
+    let size = usize::try_from(disk.size()).unwrap() / BLOCK;
+    let known = client.sizes.iter().rposition(|(_, done, _)| *done < crash).unwrap_or(0);
+    let mut sizes = client.sizes[known..].iter().filter(|(asked, ..)| *asked <= crash).map(|(.., blocks)| *blocks);
+    assert!(sizes.any(|blocks| blocks == size), "{name}: crash at {crash}: {size} blocks");
+    if name.contains("bitmaps") {
+        verify_bitmap(dir, name, client, crash, size);
+    }
+    for (i, block) in client.blocks.iter().take(size).enumerate() {
         let buf = IoBuf::alloc(BLOCK);
         disk.read(u64::try_from(i * BLOCK).unwrap(), &buf).await.unwrap();
         let allowed = allowed(block, &client.flushes, crash);
@@ -243,6 +290,38 @@ async fn verify(dir: &Path, name: &str, image: &[u8], client: &Client, crash: us
     }
     graph.detach(disk).await;
     graph.close_all().await;
+}
+
+/// A bitmap that counts as consistent after a crash has all that was changed before.
+fn verify_bitmap(dir: &Path, name: &str, client: &Client, crash: usize, size: usize) {
+    let info = run(dir, "qemu-img", &["info", "-f", "qcow2", "--output=json", "crashed"]);
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    let bitmap = &info["format-specific"]["data"]["bitmaps"][0];
+    if bitmap["flags"].as_array().unwrap().iter().any(|flag| flag == "in-use") {
+        return;
+    }
+    let map = ["--map=qemu:dirty-bitmap:b", "--json", "--"];
+    let server = ["[", "qemu-nbd", "-r", "-f", "qcow2", "-B", "b", "crashed", "]"];
+    let runs = run(dir, "nbdinfo", &[&map[..], &server[..]].concat());
+    let runs: serde_json::Value = serde_json::from_str(&runs).unwrap();
+    let runs: Vec<(u64, u64)> = runs
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|run| run["type"] == 1)
+        .map(|run| (run["offset"].as_u64().unwrap(), run["offset"].as_u64().unwrap() + run["length"].as_u64().unwrap()))
+        .collect();
+    for (i, block) in client.blocks.iter().take(size).enumerate() {
+        let at = u64::try_from(i * BLOCK).unwrap();
+        let cut = client.sizes.iter().filter(|(_, done, blocks)| *done < crash && *blocks <= i).map(|cut| cut.0).max();
+        // What the client has written there since the disk last ended before it. A discard, which is several entries of one
+        // time, may have been passed over.
+        let once = |change: &&Change| block.iter().filter(|other| other.asked == change.asked).count() == 1;
+        let since = |change: &&Change| change.asked > cut.unwrap_or(0) && change.done < crash;
+        let mut changed = block.iter().filter(since).filter(once);
+        let known = runs.iter().any(|(from, to)| (*from..*to).contains(&at));
+        assert!(known || changed.next().is_none(), "{name}: crash at {crash}: block {i} is not in the bitmap");
+    }
 }
 
 fn shape(options: &'static str) -> impl Fn(&Path, &str) {
@@ -300,4 +379,27 @@ fn snapshots_come_and_go() {
     survives_crashes("snapshots, 512", shape("cluster_size=512,refcount_bits=64"), 33, &none);
     survives_crashes("snapshots, extended", shape("extended_l2=on,cluster_size=16k"), 34, &none);
     survives_crashes("snapshots, 32 bits", shape("cluster_size=1k,refcount_bits=32"), 35, &none);
+}
+
+#[test]
+fn disks_are_resized() {
+    if !has_qemu() {
+        return;
+    }
+    let none = json!({});
+    survives_crashes("resized, 64k", shape("compat=1.1"), 41, &none);
+    survives_crashes("resized, 512", shape("cluster_size=512"), 42, &none);
+    survives_crashes("resized, v2, 4k", shape("compat=0.10,cluster_size=4k"), 43, &none);
+    survives_crashes("resized, lazy, 1k", shape("cluster_size=1k,lazy_refcounts=on"), 44, &none);
+    survives_crashes("resized, extended", shape("extended_l2=on,cluster_size=16k"), 45, &none);
+    survives_crashes("resized, with snapshots", shape("cluster_size=1k"), 46, &none);
+    let bitmap = |options: &'static str| {
+        move |dir: &Path, image: &str| {
+            create(dir, &format!("-o {options} {image} 2M"));
+            // So fine that its table grows beyond a cluster.
+            run(dir, "qemu-img", &["bitmap", "--add", "-g", "512", image, "b"]);
+        }
+    };
+    survives_crashes("resized, with bitmaps, 512", bitmap("cluster_size=512"), 47, &none);
+    survives_crashes("resized, with bitmaps and snapshots, 4k", bitmap("cluster_size=4k"), 48, &none);
 }

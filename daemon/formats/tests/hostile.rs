@@ -3,7 +3,7 @@
 
 mod common;
 
-use block::testing::CrashDriver;
+use block::testing::{CrashDriver, Step};
 use block::{NodeOptions, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use common::{attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
@@ -83,4 +83,63 @@ fn mutated_images() {
     let opened = receiver.recv().unwrap();
     println!("{opened} of 600 opened");
     assert!(opened > 100, "too few are worth anything: {opened}");
+}
+
+/// Requests that are under way when damage is found end without writing metadata.
+#[test]
+fn a_damaged_image_gets_no_more_metadata() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = folder();
+    create(dir.path(), "-o cluster_size=512,refcount_bits=64 image 8M");
+    qemu_io(dir.path(), "image", &["write -P 1 0 512"]);
+    let mut image = std::fs::read(dir.path().join("image")).unwrap();
+    let number = |image: &[u8], at: usize| {
+        let bytes = image[at..at + 8].try_into().unwrap();
+        usize::try_from(u64::from_be_bytes(bytes) & 0x00ff_ffff_ffff_fe00).unwrap()
+    };
+    // The first cluster of the disk is that of the refcount table, by its L2 entry.
+    let (l1, table) = (number(&image, 40), number(&image, 48));
+    let l2 = number(&image, l1);
+    image[l2..l2 + 8].copy_from_slice(&(u64::try_from(table).unwrap() | 1 << 63).to_be_bytes());
+    on_thread(move || async move {
+        let local = tokio::task::LocalSet::new();
+        let work = async {
+            let mut graph = graph();
+            let (driver, history) = CrashDriver::open(image);
+            graph.adopt("medium", driver, NodeOptions::default()).await.unwrap();
+            let node = json!({ "driver": "qcow2", "node-name": "q", "file": "medium", "refcount-cache-size": 1024 });
+            graph.add(&options(&node)).await.unwrap();
+            let disk = attach(&mut graph, "q", true).await;
+            let write = |at: u64, len: usize| {
+                let disk = disk.clone();
+                async move {
+                    let buf = IoBuf::zeroed(len);
+                    buf.fill(2);
+                    disk.write(at, &buf, WriteFlags::NONE).await
+                }
+            };
+            let others: Vec<_> = (1..60).map(|i| tokio::task::spawn_local(write(i * (128 << 10), 64 << 10))).collect();
+            let damaged = tokio::task::spawn_local(write(0, 512));
+            damaged.await.unwrap().unwrap_err();
+            let told = history.mark(1);
+            for other in others {
+                let _ = other.await.unwrap();
+            }
+            graph.detach(disk).await;
+            graph.close_all().await;
+            let steps = history.steps();
+            let written = |step: &Step| match step {
+                // Not data, and not a table that is new and that nothing names.
+                Step::Write { bytes, .. } => bytes.iter().any(|byte| ![0, 2].contains(byte)),
+                _ => false,
+            };
+            let before = steps[..told].iter().filter(|step| written(step)).count();
+            let after: Vec<_> = steps[told..].iter().filter(|step| written(step)).collect();
+            println!("{before} writes of metadata before, {} after", after.len());
+            assert!(before > 0 && after.is_empty());
+        };
+        local.run_until(work).await;
+    });
 }

@@ -1,6 +1,6 @@
 //! A medium that remembers its writes and flushes, for tests of what a power failure leaves.
 
-use crate::driver::{Driver, Facts, Mapping, Prealloc, Span, WriteFlags};
+use crate::driver::{Driver, Facts, Mapping, Prealloc, Span, Support, WriteFlags};
 use crate::{DynDriver, IoResult};
 use buf::IoBuf;
 use nix::errno::Errno;
@@ -109,7 +109,7 @@ impl Driver for CrashDriver {
     }
 
     fn facts(&self) -> Facts {
-        Facts::default()
+        Facts { discard: Support::Native, ..Facts::default() }
     }
 
     async fn length(&self) -> IoResult<u64> {
@@ -141,6 +141,12 @@ impl Driver for CrashDriver {
         }
         self.history.push(Step::Written(step));
         Ok(())
+    }
+
+    /// Zeroes what is there: a write like others to those who look for what a crash leaves.
+    async fn discard(&self, span: Span) -> IoResult {
+        let len = usize::try_from(span.len).map_err(|_| Errno::EFBIG)?;
+        Driver::write(self, span.at, &IoBuf::zeroed(len), WriteFlags::NONE).await
     }
 
     async fn flush(&self) -> IoResult {

@@ -82,8 +82,8 @@ impl Driver for Qcow2 {
         self.conclude(found).await
     }
 
-    async fn truncate(&self, size: u64, _exact: bool, prealloc: Prealloc) -> Result<()> {
-        self.resize(size, prealloc).await
+    async fn truncate(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
+        self.resize(size, exact, prealloc).await
     }
 
     /// The image file is ours as long as the node lives: metadata is written without users as well.

@@ -81,6 +81,8 @@ impl Qcow2 {
         if links && (self.l2.is_crowded() || self.much_unlinked.load(Ordering::Relaxed)) {
             return self.take_turn(turn).await;
         }
+        // Another request may have found damage since this one began.
+        self.check_sound()?;
         // Counts alone need no barrier: they are never too low, and who writes what relies on them begins with one.
         let blocks = self.refs.blocks.dirty_copies();
         self.check_blocks(&blocks)?;

@@ -1,5 +1,7 @@
-//! Resizing: a larger L1 table where it takes one, then the length in the header.
+//! Resizing: a larger L1 table where it takes one, then the length in the header. Bitmaps follow, see `bitmap::resize`, and
+//! so does an external data file.
 
+use super::bitmap::resize::Change;
 use super::bytes::us;
 use super::header;
 use super::image::{Free, Qcow2, lock};
@@ -12,11 +14,12 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 impl Qcow2 {
-    /// Sets the length of the guest's disk. Nothing is in flight.
+    /// Sets the length of the guest's disk; that of an external data file becomes the same, to the byte if `exact`. Nothing is
+    /// in flight.
     ///
     /// # Errors
-    /// The length cannot change, or not to this; an error of the file. The length is the old one then.
-    pub(super) async fn resize(&self, size: u64, prealloc: Prealloc) -> Result<()> {
+    /// The length cannot change, or not to this; an error of the file. The length is the old one then, unless that is said.
+    pub(super) async fn resize(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<()> {
         if prealloc != Prealloc::Off {
             return Err(Error::generic("Resizing a qcow2 image with preallocation is not supported"));
         }
@@ -27,14 +30,50 @@ impl Qcow2 {
         if header.version < 3 && header.snapshots > 0 {
             return Err(Error::generic("Can't resize a v2 image which has snapshots"));
         }
-        if self.extensions.bitmaps.is_some() && header.autoclear & header::BITMAPS != 0 {
-            return Err(Error::generic("Resizing an image with bitmaps is not supported"));
-        }
-        let old = self.length_now();
         let failed = |errno: Errno| Error::io("Failed to resize the image", errno.into());
+        let old = self.length_now();
         self.prepare().await.map_err(failed)?;
-        let done = if size < old { self.shrink(size, old).await } else { self.grow_to(size, old).await };
-        done.map_err(failed)
+        self.suspend_bitmaps(size).await?;
+        let bitmaps = match self.resize_disk(size, exact).await {
+            Ok(bitmaps) => bitmaps,
+            Err(error) => {
+                // They are as they were. Where the mark cannot be taken off, they count as inconsistent.
+                let _ = self.resume_bitmaps().await;
+                return Err(error);
+            }
+        };
+        let followed = async {
+            self.change_bitmaps(bitmaps).await?;
+            self.resume_bitmaps().await
+        };
+        followed.await.map_err(|errno| Error::io("The image was resized, but its bitmaps were lost", errno.into()))?;
+        match &self.data_file {
+            Some(data) if size < old => data.truncate(size, exact, Prealloc::Off).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Sets the length, all but what bitmaps make of it.
+    async fn resize_disk(&self, size: u64, exact: bool) -> Result<Vec<Change>> {
+        let failed = |errno: Errno| Error::io("Failed to resize the image", errno.into());
+        let old = self.length_now();
+        let bitmaps = self.plan_bitmaps(size).await.map_err(failed)?;
+        let done = match &self.data_file {
+            Some(data) if size > old => data.truncate(size, exact, Prealloc::Off).await,
+            _ => Ok(()),
+        };
+        let done = match done {
+            Ok(()) if size < old => self.shrink(size, old).await.map_err(failed),
+            Ok(()) => self.grow_to(size, old).await.map_err(failed),
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => Ok(bitmaps),
+            Err(error) => {
+                self.drop_changes(bitmaps).await;
+                Err(error)
+            }
+        }
     }
 
     async fn shrink(&self, size: u64, old: u64) -> IoResult {
@@ -62,9 +101,6 @@ impl Qcow2 {
         let end = size.min(old.next_multiple_of(self.shape.cluster()).max(shown));
         if old < end {
             self.hide(old, end).await?;
-        }
-        if let Some(data) = self.data_file.as_ref().filter(|data| self.raw_data && data.size() < size) {
-            data.truncate(size, false, Prealloc::Off).await.map_err(|_| Errno::EIO)?;
         }
         self.write_out().await?;
         self.set_size(size).await

@@ -6,6 +6,8 @@
 //! to the bitmap's data and the mark is taken off. A bitmap that cannot be kept up keeps the mark. Bitmaps that are
 //! disabled, or inconsistent already, are left as they are.
 
+pub(super) mod resize;
+
 use super::bytes::{be16, be32, be64, put32, u64_of, us};
 use super::entry::OFFSET;
 use super::extensions::Bitmaps;
@@ -25,8 +27,12 @@ pub const MAX_DIRECTORY: u64 = 64 << 20;
 const MAX_BITMAPS: u32 = 65535;
 /// Most entries of the table of a bitmap; the reference's limit.
 const MAX_TABLE: u32 = 0x800_0000;
+/// Most bytes of the data of a bitmap; the reference's limit.
+const MAX_DATA: u64 = 512 << 20;
 /// Bytes of the fixed part of an entry.
 const FIXED: usize = 24;
+/// Where the flags are in an entry: behind the place of the table, and its length.
+const FLAGS_AT: u64 = 12;
 /// Flag of an entry: the bitmap was not stored when the image was closed.
 const IN_USE: u32 = 1;
 /// Flag of an entry: the bitmap records all writes.
@@ -49,6 +55,8 @@ pub(super) struct Bitmap {
     pub in_use: bool,
     /// It records writes.
     pub auto: bool,
+    /// It is of the one type that there is, and nothing more is said of it.
+    known: bool,
     /// Where its flags are in the image.
     flags_at: u64,
     flags: u32,
@@ -169,7 +177,8 @@ fn parse(directory: &[u8], at: usize, base: u64) -> Option<(Bitmap, usize)> {
         in_use: flags & IN_USE != 0,
         // Extra data is not understood, so nothing is recorded that it might say something of.
         auto: flags & AUTO != 0 && known,
-        flags_at: base + u64_of(at) + 12,
+        known,
+        flags_at: base + u64_of(at) + FLAGS_AT,
         flags,
         table_at: be64(entry, 0),
         table_len: be32(entry, 8),
@@ -184,6 +193,11 @@ impl Bitmap {
             return Err(Error::generic(format!("Bitmap '{}' doesn't satisfy the constraints", self.name)));
         }
         Ok(())
+    }
+
+    /// Entries of the table of this bitmap for a disk of `size` bytes and clusters of `cluster` bytes.
+    fn entries_for(&self, size: u64, cluster: u64) -> u64 {
+        size.div_ceil(self.granularity).div_ceil(8).div_ceil(cluster)
     }
 }
 
@@ -275,7 +289,7 @@ impl Qcow2 {
     /// Adds bits to the data of a bitmap; the entries of its table that change, or none if the table is not one of this disk.
     async fn store_data(&self, bitmap: &Bitmap, record: Record) -> IoResult<Option<Vec<(u64, u64)>>> {
         let cluster = self.shape.cluster();
-        let needed = self.length_now().div_ceil(bitmap.granularity).div_ceil(8).div_ceil(cluster);
+        let needed = bitmap.entries_for(self.length_now(), cluster);
         let len = u64::from(bitmap.table_len) * 8;
         if u64::from(bitmap.table_len) != needed || bitmap.table_at + len > self.file.size() {
             return Ok(None);
@@ -310,14 +324,23 @@ impl Qcow2 {
                 data.write_at(at, &old);
             }
             // A cluster that somebody else has as well is left to them.
-            let own = host != 0 && self.refs.get(host >> self.shape.cluster_bits, &self.file).await? == 1;
+            let own = host != 0 && self.is_own_data(host).await?;
             let target = if own { host } else { self.claim(1, None).await?.start << self.shape.cluster_bits };
-            self.check_overlap(Kinds::NONE, target, cluster)?;
-            self.file.write(target, &data, WriteFlags::NONE).await?;
+            self.write_data(target, &data).await?;
             if target != host {
                 changed.push((place, target));
             }
         }
         Ok(Some(changed))
+    }
+
+    /// Whether the cluster of bits at `host` is nobody else's.
+    async fn is_own_data(&self, host: u64) -> IoResult<bool> {
+        Ok(self.refs.get(host >> self.shape.cluster_bits, &self.file).await? == 1)
+    }
+
+    async fn write_data(&self, at: u64, data: &IoBuf) -> IoResult {
+        self.check_overlap(Kinds::NONE, at, self.shape.cluster())?;
+        self.file.write(at, data, WriteFlags::NONE).await
     }
 }
