@@ -53,10 +53,11 @@ class Qmp:
 
 class Vm:
     """A VM that `run` drives, its output relayed and looked at."""
-    def __init__(self, host, arguments, name):
+    def __init__(self, host, arguments, name, quiet):
         self.errors = host.path(name + ".err")
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen([HERE + "/run", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True)
+        self.quiet = quiet
         self.seen, self.news = [], threading.Condition()
         self.over = False
         self.thread = threading.Thread(target=self._relay, daemon=True)
@@ -64,8 +65,9 @@ class Vm:
 
     def _relay(self):
         for line in self.process.stdout:
-            sys.stdout.write(line)
-            sys.stdout.flush()
+            if not (self.quiet and line.startswith(self.quiet)):
+                sys.stdout.write(line)
+                sys.stdout.flush()
             with self.news:
                 self.seen.append(line.rstrip("\n"))
                 self.news.notify_all()
@@ -145,8 +147,9 @@ class Host:
     def qmp(self, name="qsd"):
         return Qmp(self.path(name + ".qmp"))
 
-    def vm(self, *arguments, name="vm"):
-        vm = Vm(self, arguments, name)
+    def vm(self, *arguments, name="vm", quiet=None):
+        """A VM; lines that start with `quiet` are kept and not shown."""
+        vm = Vm(self, arguments, name, quiet)
         self.vms.append(vm)
         return vm
 
