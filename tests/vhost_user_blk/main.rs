@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod device;
+mod errors;
 mod foreign;
 mod hostile;
 mod lifecycle;
