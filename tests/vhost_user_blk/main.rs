@@ -2,6 +2,7 @@
 //! every rule. A QEMU guest uses the same export in `tests/vm/host-vhost-user-blk`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
+mod activation;
 mod device;
 mod errors;
 mod foreign;
