@@ -81,6 +81,8 @@ pub enum Message {
     GraphWork(jobs::GraphWork),
     /// The work of a job, by its number, has something to say.
     JobReport(u64, jobs::Report),
+    /// What an object is made of has been read.
+    NewObject(object::NewObject),
     /// The process was asked to end, by a signal or because its only way in has gone.
     Shutdown,
 }
@@ -147,7 +149,7 @@ impl Control {
     pub fn new(events: Events) -> Self {
         let (sender, inbox) = mpsc::unbounded_channel();
         let drivers = drivers::Drivers::default();
-        let objects = object::Objects::new(drivers.throttle_groups.clone());
+        let objects = object::Objects::new(Arc::clone(&drivers.clock));
         let fdsets = drivers.fdsets.clone();
         let workers = formats::Workers::new(io::detach);
         let graph = Graph::new(Arc::new(formats::Formats::new(drivers, workers)));
@@ -207,6 +209,7 @@ impl Control {
                 }
             }
             Message::PrManagerStatus { id, connected } => self.pr_manager_status(id, connected),
+            Message::NewObject(new) => self.object_read(new),
             Message::ExportResize(wish) => self.export_resize(wish).await,
             Message::ExportClosed(id) => self.export_closed(&id).await,
             Message::GraphWork(work) => work.carry_out(&mut self.graph).await,

@@ -226,7 +226,7 @@ async fn carry_out(
         Kind::Blockdev => control.blockdev_add(read::<BlockdevOptions>(step, Some("driver"))?).await?,
         Kind::Export => control.block_export_add(read::<BlockExportOptions>(step, Some("type"))?).await?,
         Kind::NbdServer => control.start_nbd_server(read::<NbdServerOptions>(step, None)?).await?,
-        Kind::Object => control.object_add(read::<ObjectOptions>(step, Some("qom-type"))?).await?,
+        Kind::Object => control.make_object(read::<ObjectOptions>(step, Some("qom-type"))?).await?,
         Kind::Chardev => match qapi::opts::chardev(&step.value)? {
             ChardevArgument::Help(text) => return Err(Stop::Print(text)),
             ChardevArgument::Add(devices, warnings) => {

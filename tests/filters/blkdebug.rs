@@ -213,6 +213,71 @@ fn data_survive_narrow_limits() {
     assert!([0, EINVAL].contains(&client.write(100, 0, &[9; 100])));
 }
 
+/// How many of the `commands` fail when requests fail from `event` on, of a new image with clusters of 512 bytes.
+fn failures(event: &str, compressed: bool, commands: &[&str], resize: Option<u64>) -> usize {
+    let mut daemon = idle();
+    let path = daemon.path("image").display().to_string();
+    tools::ok("qemu-img", ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", &path, "64M"]);
+    let mut qmp = daemon.qmp();
+    let file = json!({ "driver": "file", "filename": path });
+    let rule = json!({ "event": event, "errno": 28 });
+    let debug = json!({ "driver": "blkdebug", "image": file, "inject-error": [rule] });
+    let image = json!({ "driver": "qcow2", "node-name": "image", "file": debug });
+    let driver = if compressed { "compress" } else { "raw" };
+    qmp.ok("blockdev-add", image);
+    qmp.ok("blockdev-add", json!({ "driver": driver, "node-name": "top", "file": "image" }));
+    qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "top", "writable": true }));
+    let failed = commands.iter().filter(|command| {
+        let ended = tools::qemu_io_try(&daemon.uri("top"), &[**command]);
+        !ended.status.success() || ended.stdout.contains("failed")
+    });
+    let mut failed = failed.count();
+    if let Some(size) = resize {
+        qmp.ok("block-export-del", json!({ "id": "e", "mode": "hard" }));
+        qmp.event("BLOCK_EXPORT_DELETED");
+        failed += usize::from(qmp.execute("block_resize", json!({ "node-name": "image", "size": size })).is_err());
+    }
+    daemon.stop();
+    failed
+}
+
+/// The steps of a refcount table that outgrows its place, and those of compressed writes.
+#[test]
+fn qcow2_tells_how_it_grows() {
+    let growth = ["write 0 200k", "flush", "write 1M 9M", "flush"];
+    for event in [
+        "refblock_update_part",
+        "refblock_alloc",
+        "refblock_alloc_write",
+        "refblock_alloc_hookup",
+        "reftable_grow",
+        "refblock_alloc_write_blocks",
+        "refblock_alloc_write_table",
+        "refblock_alloc_switch_table",
+    ] {
+        assert!(failures(event, false, &growth, None) > 0, "{event}: nothing failed");
+    }
+    for event in ["cluster_alloc_bytes", "write_compressed", "l2_update_compressed"] {
+        assert!(failures(event, true, &["write -P 1 0 8k", "flush"], None) > 0, "{event}: nothing failed");
+    }
+}
+
+/// Steps that there are none of here: see differences.md.
+#[test]
+fn steps_that_only_the_reference_takes() {
+    for (event, reference) in [
+        ("vmstate_load", false),
+        ("vmstate_save", false),
+        ("empty_image_prepare", false),
+        ("cluster_alloc_space", true),
+        ("l1_shrink_write_table", true),
+        ("l1_shrink_free_l2_clusters", true),
+    ] {
+        let failed = failures(event, false, &["write 100 300", "write 0 200k", "flush"], Some(MIB));
+        assert_eq!(failed > 0, reference && on_reference(), "{event}: {failed}");
+    }
+}
+
 /// An error at each step that qcow2 names: the request fails or is made good later, and the image is never damaged.
 #[test]
 fn qcow2_tells_what_it_does() {

@@ -262,3 +262,50 @@ fn the_books_program_runs() {
     client.greet();
     assert!(client.go("disk").is_ok());
 }
+
+/// Every option that names a file takes one that was passed.
+#[test]
+fn all_file_names_can_be_sets() {
+    if on_reference() {
+        skip!("the reference has no add-fd here");
+    }
+    let daemon = Setup::new().qmp().image("d.img", 1 << 20).start();
+    let mut qmp = daemon.qmp();
+    let path = |name: &str| daemon.path(name);
+    fs::write(path("rules"), "[inject-error]\nevent = \"none\"\n").unwrap();
+    fs::write(path("secret"), "passed").unwrap();
+    // How each is opened: a set has descriptors for one kind of access or for several.
+    let (read, write, both) = ((true, false), (false, true), (true, true));
+    for (set, name, (reads, writes)) in [
+        (1, "rules", read),
+        (2, "secret", read),
+        (3, "d.img", both),
+        (4, "out", write),
+        (5, "log", write),
+        (6, "new.img", both),
+    ] {
+        let mut options = OpenOptions::new();
+        let file = options.read(reads).write(writes).create(writes).truncate(false).open(path(name)).unwrap();
+        add_fd(&mut qmp, Some(set), &file);
+    }
+    let ends = nix::unistd::pipe().unwrap();
+    add_fd(&mut qmp, Some(7), &ends.0);
+    let image = json!({"driver": "null-co"});
+    qmp.ok("blockdev-add", json!({"driver": "blkdebug", "node-name": "d", "image": image, "config": "/dev/fdset/1"}));
+    qmp.ok("object-add", json!({"qom-type": "secret", "id": "s", "file": "/dev/fdset/2"}));
+    qmp.ok("blockdev-add", json!({"driver": "file", "node-name": "f", "filename": "/dev/fdset/3"}));
+    let data = json!({"out": "/dev/fdset/4", "logfile": "/dev/fdset/5"});
+    qmp.ok("chardev-add", json!({"id": "c", "backend": {"type": "file", "data": data}}));
+    let create = json!({"driver": "file", "filename": "/dev/fdset/6", "size": 65536});
+    qmp.ok("blockdev-create", json!({"job-id": "j", "options": create}));
+    wait_for("the image", || (fs::metadata(path("new.img")).unwrap().len() == 65536).then_some(()));
+    // A pipe that was passed: the secret is all that comes through it.
+    nix::unistd::write(&ends.1, b"through a pipe").unwrap();
+    drop(ends.1);
+    qmp.ok("object-add", json!({"qom-type": "secret", "id": "p", "file": "/dev/fdset/7"}));
+    let refused = qmp.refused(
+        "blockdev-add",
+        json!({"driver": "blkdebug", "node-name": "x", "image": image, "config": "/dev/fdset/9"}),
+    );
+    assert_eq!(refused, "Could not read blkdebug config file: No such file or directory");
+}

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
@@ -91,6 +92,45 @@ fn secrets() {
     for id in ["key", "plain", "empty", "file", "encoded", "nothing"] {
         qmp.ok("object-del", json!({"id": id}));
     }
+}
+
+/// A pipe whose other end takes its time holds up nobody but who asked.
+#[test]
+fn a_secret_from_a_slow_pipe() {
+    if on_reference() {
+        skip!("the reference waits for the pipe and does nothing else");
+    }
+    let mut daemon =
+        Setup::new().qmp().line("--chardev socket,path=other.sock,server=on,wait=off,id=other --monitor other").start();
+    let pipe = daemon.path("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let (mut qmp, mut other) = (daemon.qmp(), tests::qmp::Client::connect(&daemon.path("other.sock")));
+    other.negotiate();
+    let ask = json!({"execute": "object-add", "arguments": {"qom-type": "secret", "id": "s", "file": pipe}});
+    other.send(&ask.to_string());
+    // A pipe can be opened for writing like this as soon as somebody reads.
+    let open = || {
+        let mut options = fs::OpenOptions::new();
+        options.write(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(&pipe).ok()
+    };
+    let mut writer = tests::wait_for("the command", open);
+    // The name is taken, and nothing is to be seen of the object before it is there.
+    let twice = add(&mut qmp, "secret", "s", json!({"data": "x"}));
+    assert_eq!(twice, Err("attempt to add duplicate property 's' to object (type 'container')".to_owned()));
+    assert_eq!(qmp.refused("object-del", json!({"id": "s"})), "object 's' not found");
+    writer.write_all(b"0123456789").unwrap();
+    qmp.ok("query-version", json!({}));
+    writer.write_all(b"0123456789012345678901").unwrap();
+    drop(writer);
+    assert_eq!(other.answer(), json!({"return": {}}));
+    // It is a key of 32 bytes.
+    let refusal = add(&mut qmp, "secret", "t", json!({"data": "x", "keyid": "s", "iv": "MDEyMzQ1Njc4OWFiY2RlZg=="}));
+    assert_eq!(refusal, Err("Length 1 must be a multiple of block size 16".to_owned()));
+    // Nobody ever writes to this one: the daemon ends all the same.
+    other.send(&ask.to_string().replace("\"s\"", "\"u\""));
+    let _writer = tests::wait_for("the command", open);
+    qmp.ok("quit", json!({}));
+    assert!(daemon.wait().success());
 }
 
 #[test]

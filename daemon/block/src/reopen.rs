@@ -8,12 +8,12 @@ use crate::driver::LocalFuture;
 use crate::edge::{Edge, Role};
 use crate::node::{Node, NodeOptions};
 use crate::perm::Perms;
+use crate::resource::Resources;
 use qapi::Result;
 use qapi::types::block::BlockdevDriverOptions;
 use std::sync::Arc;
 
 /// The options that a node is to get.
-#[derive(Debug)]
 pub struct NewOptions<'a> {
     /// The common options in force.
     pub before: &'a NodeOptions,
@@ -23,6 +23,8 @@ pub struct NewOptions<'a> {
     /// here, but with [`NewOptions::child`].
     pub driver: &'a BlockdevDriverOptions,
     pub(crate) children: &'a [(Arc<Edge>, Arc<Node>)],
+    /// The objects that options can name.
+    pub resources: &'a Resources,
 }
 
 impl NewOptions<'_> {

@@ -4,6 +4,7 @@
 //! object that a node uses is not deleted.
 
 use crate::reservation::{ManagerUse, ReservationManager};
+use crate::throttle;
 use qapi::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,6 +17,8 @@ pub enum Resource {
     ReservationManager(Arc<dyn ReservationManager>),
     /// Bytes that nobody else should know.
     Secret(Arc<Secret>),
+    /// Limits that nodes share. The group knows its members: they are who uses it.
+    ThrottleGroup(Arc<throttle::Group>),
 }
 
 /// Bytes that nobody else should know: the memory is overwritten at the end. They have no way into a message or a log.
@@ -73,7 +76,10 @@ impl Resources {
 
     /// Whether a node uses the object.
     pub fn in_use(&self, id: &str) -> bool {
-        self.by_id.get(id).is_some_and(|provided| Arc::strong_count(&provided.users) > 1)
+        self.by_id.get(id).is_some_and(|provided| match &provided.resource {
+            Resource::ThrottleGroup(group) => group.members() > 0,
+            _ => Arc::strong_count(&provided.users) > 1,
+        })
     }
 
     /// The secret of that id. Who has it keeps it, whatever becomes of the object.
@@ -99,6 +105,17 @@ impl Resources {
             }
             Some(_) => Err(Error::generic(format!("Object with id '{id}' is not a persistent reservation manager"))),
             None => Err(Error::generic(format!("No persistent reservation manager with id '{id}'"))),
+        }
+    }
+
+    /// The throttle group of that id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn throttle_group(&self, id: &str) -> Result<Arc<throttle::Group>> {
+        match self.by_id.get(id) {
+            Some(Provided { resource: Resource::ThrottleGroup(group), .. }) => Ok(Arc::clone(group)),
+            _ => Err(Error::generic(format!("Throttle group '{id}' does not exist"))),
         }
     }
 }
@@ -129,6 +146,24 @@ mod tests {
         assert_eq!(format!("{secret:?}"), "Secret");
         assert_eq!(resources.secret("s").unwrap_err().to_string(), "No secret with id 's'");
         assert_eq!(resources.secret("x").unwrap_err().to_string(), "Object with id 'x' is not a secret");
+    }
+
+    #[test]
+    fn a_throttle_group_is_in_use_while_it_has_members() {
+        let mut resources = Resources::default();
+        let clock = Arc::new(crate::clock::SystemClock::default());
+        resources.add("g", Resource::ThrottleGroup(throttle::Group::new("g", throttle::Limits::default(), clock)));
+        resources.add("x", Resource::None);
+        for wrong in ["x", "nobody"] {
+            let error = resources.throttle_group(wrong).unwrap_err();
+            assert_eq!(error.to_string(), format!("Throttle group '{wrong}' does not exist"));
+        }
+        let group = resources.throttle_group("g").unwrap();
+        assert!(!resources.in_use("g"));
+        let member = group.join();
+        assert!(resources.in_use("g"));
+        drop(member);
+        assert!(!resources.in_use("g"));
     }
 
     #[test]

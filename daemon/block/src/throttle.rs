@@ -14,7 +14,7 @@ mod bucket;
 pub mod group;
 pub mod limits;
 
-pub use group::{Group, Groups, Member};
+pub use group::{Group, Member};
 pub use limits::{Limit, Limits};
 
 /// What a request does to the medium, as limits tell it.

@@ -60,13 +60,15 @@ pub struct Blkdebug {
 pub async fn open(
     cx: &mut OpenContext<'_>,
     clock: Arc<dyn Clock>,
+    fdsets: &io::FdSets,
     options: &BlockdevOptionsBlkdebug,
 ) -> Result<Blkdebug> {
     let mut rules = Rules::default();
     if let Some(path) = options.config.clone() {
         let failed = |error| Error::io("Could not read blkdebug config file", error);
-        let read = io::blocking(move || std::fs::read_to_string(path)).await;
-        let text = read.map_err(|error| failed(std::io::Error::other(error)))?.map_err(failed)?;
+        let fdsets = fdsets.clone();
+        let read = io::blocking(move || config::load(path.as_ref(), &fdsets)).await;
+        let text = read.and_then(|text| text).map_err(failed)?;
         config::read(&text, &mut rules)?;
     }
     for rule in options.inject_error.iter().flatten() {

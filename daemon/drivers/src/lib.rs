@@ -36,18 +36,15 @@ pub mod throttle;
 
 use block::clock::{Clock, SystemClock};
 use block::driver::LocalFuture;
-use block::throttle::Groups;
 use block::{CreateContext, DynDriver, OpenContext, Opener};
 use qapi::types::block::{BlockdevDriverOptions, BlockdevOptions};
 use qapi::types::create::{BlockdevCreateOptions, BlockdevCreateVariant};
 use qapi::{Error, Result};
 use std::sync::Arc;
 
-/// The table of the drivers of this crate, and the objects that their options name.
+/// The table of the drivers of this crate, and what of the daemon they need.
 #[derive(Clone, Debug)]
 pub struct Drivers {
-    /// The user's throttle groups.
-    pub throttle_groups: Groups,
     /// The descriptors that the user passed, by the names under which they are opened.
     pub fdsets: io::FdSets,
     /// The time of drivers that delay requests.
@@ -55,16 +52,16 @@ pub struct Drivers {
 }
 
 impl Default for Drivers {
-    /// No objects, and the host's time.
+    /// No descriptors, and the host's time.
     fn default() -> Self {
         Self::with_clock(Arc::new(SystemClock::default()))
     }
 }
 
 impl Drivers {
-    /// No objects, and this time.
+    /// No descriptors, and this time.
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
-        Self { throttle_groups: Groups::new(Arc::clone(&clock)), fdsets: io::FdSets::default(), clock }
+        Self { fdsets: io::FdSets::default(), clock }
     }
 }
 
@@ -77,7 +74,7 @@ impl Opener for Drivers {
         Box::pin(async move {
             Ok(match &options.driver {
                 BlockdevDriverOptions::Blkdebug(options) => {
-                    boxed(blkdebug::open(cx, Arc::clone(&self.clock), options).await?)
+                    boxed(blkdebug::open(cx, Arc::clone(&self.clock), &self.fdsets, options).await?)
                 }
                 BlockdevDriverOptions::Blklogwrites(options) => boxed(blklogwrites::open(cx, options).await?),
                 BlockdevDriverOptions::Blkverify(options) => boxed(blkverify::open(cx, options).await?),
@@ -94,9 +91,7 @@ impl Opener for Drivers {
                 BlockdevDriverOptions::XFault(options) => {
                     boxed(fault::open(cx, Arc::clone(&self.clock), options).await?)
                 }
-                BlockdevDriverOptions::Throttle(throttle) => {
-                    boxed(throttle::open(cx, &self.throttle_groups, throttle).await?)
-                }
+                BlockdevDriverOptions::Throttle(throttle) => boxed(throttle::open(cx, throttle).await?),
                 BlockdevDriverOptions::Qcow2(_) => {
                     return Err(Error::generic("Formats are not among the drivers of this table"));
                 }

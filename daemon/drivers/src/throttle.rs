@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use block::driver::{LocalFuture, Prealloc};
 use block::reopen::{NewOptions, Prepared, Reopen};
 use block::reservation::Reservations;
-use block::throttle::{Direction, Group, Groups, Member};
+use block::throttle::{Direction, Member};
 use block::{Driver, Edge, Facts, IoResult, Mapping, OpenContext, Role, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::types::block::BlockdevDriverOptions;
@@ -21,7 +21,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 #[derive(Debug)]
 pub struct Throttle {
     file: Arc<Edge>,
-    groups: Groups,
     /// Replaced by the control task, while nothing is in flight.
     member: ArcSwap<Member>,
     /// Drains that are under way above. Control task only.
@@ -32,20 +31,10 @@ pub struct Throttle {
 ///
 /// # Errors
 /// There is no such group; those of the child.
-pub async fn open(cx: &mut OpenContext<'_>, groups: &Groups, options: &BlockdevOptionsThrottle) -> Result<Throttle> {
-    let group = find(groups, options)?;
+pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsThrottle) -> Result<Throttle> {
+    let group = cx.throttle_group(&options.throttle_group)?;
     let file = cx.child("file", Role::Filtered, &options.file).await?;
-    Ok(Throttle {
-        file,
-        groups: groups.clone(),
-        member: ArcSwap::from_pointee(group.join()),
-        drains: AtomicU32::new(0),
-    })
-}
-
-fn find(groups: &Groups, options: &BlockdevOptionsThrottle) -> Result<Arc<Group>> {
-    let name = &options.throttle_group;
-    groups.get(name).ok_or_else(|| Error::generic(format!("Throttle group '{name}' does not exist")))
+    Ok(Throttle { file, member: ArcSwap::from_pointee(group.join()), drains: AtomicU32::new(0) })
 }
 
 /// The membership of another group, which waits to take the place of the one there is.
@@ -64,7 +53,7 @@ impl Reopen for Throttle {
             let BlockdevDriverOptions::Throttle(options) = new.driver else {
                 return Err(Error::generic("These are not the options of a throttle node"));
             };
-            let member = find(&self.groups, options)?.join();
+            let member = new.resources.throttle_group(&options.throttle_group)?.join();
             let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting { throttle: self, member });
             Ok(waiting)
         })

@@ -7,7 +7,7 @@ use block::testing::{ManualClock, ManualHandle};
 use block::{Errno, Graph, WriteFlags};
 use buf::IoBuf;
 use common::suite::{SIZE, check};
-use common::{attach, graph_with, image, on_thread, options, refused, writer};
+use common::{attach, graph, image, on_thread, options, refused, writer};
 use drivers::Drivers;
 use io::RingUse;
 use serde_json::json;
@@ -31,13 +31,13 @@ fn throttle_keeps_the_contract() {
 #[test]
 fn throttle_joins_and_leaves_its_group() {
     on_thread(RingUse::Off, || async {
-        let (mut g, drivers) = graph_with();
+        let mut g = graph();
         let throttle = |group: &str, file| json!({ "driver": "throttle", "node-name": "t", "throttle-group": group, "file": file });
         assert_eq!(
             refused(&mut g, &throttle("nope", json!({ "driver": "null-co" }))).await,
             "Throttle group 'nope' does not exist"
         );
-        let group = drivers.throttle_groups.get("fast").unwrap();
+        let group = g.resources().throttle_group("fast").unwrap();
         assert!(refused(&mut g, &throttle("fast", json!("nope"))).await.contains("nope"));
         assert_eq!(group.members(), 0);
         let json = throttle("fast", json!({ "driver": "null-co", "size": 65536 }));
@@ -108,7 +108,7 @@ fn blkverify_writes_both_and_sees_every_difference() {
     std::fs::write(raw.path(), vec![0; 65536]).unwrap();
     let (test_path, raw_path) = (test.path().to_owned(), raw.path().to_owned());
     on_thread(RingUse::Auto, move || async move {
-        let (mut g, _) = graph_with();
+        let mut g = graph();
         g.add(&options(&json)).await.unwrap();
         let disk = attach(&mut g, "top", writer()).await.unwrap();
         disk.write(1000, &IoBuf::copy_of(&[3; 5000]), WriteFlags::NONE).await.unwrap();

@@ -1,6 +1,7 @@
 //! New files, and the attributes that a file system keeps of them. [ioctl_iflags(2)], [linux/fs.h FS_IOC_FSSETXATTR]
 
 use crate::fd::Fd;
+use crate::fdset::FdSets;
 use crate::file::{Engine, File};
 use crate::pool;
 use nix::errno::Errno;
@@ -42,17 +43,19 @@ const HAS_EXTENT_SIZE: u32 = 0x0000_0800;
 
 impl File {
     /// Opens `path` for reading and writing, off the event loop, and makes the file if there is none (mode 0644 less the
-    /// umask). Its name is on stable storage then: what is flushed to it later can be found again.
+    /// umask). Its name is on stable storage then: what is flushed to it later can be found again. It may be the name of one
+    /// of the `sets`, whose files have been made by others.
     ///
     /// # Errors
-    /// What open(2), or fsync(2) of the folder, says.
-    pub async fn create(path: &Path, engine: Engine) -> io::Result<Self> {
-        let path = path.to_owned();
-        let flags = OFlag::O_CLOEXEC | OFlag::O_RDWR | OFlag::O_CREAT;
+    /// What [`FdSets::open`], or fsync(2) of the folder, says.
+    pub async fn create(path: &Path, sets: &FdSets, engine: Engine) -> io::Result<Self> {
+        let (path, sets) = (path.to_owned(), sets.clone());
         let create = move || {
-            let fd = nix::fcntl::open(&path, flags, Mode::from_bits_truncate(0o644))?;
-            sync_folder(&path)?;
-            Ok::<_, Errno>(fd)
+            let opened = sets.open(&path, OFlag::O_RDWR | OFlag::O_CREAT, Mode::from_bits_truncate(0o644))?;
+            if opened.from_set.is_none() {
+                sync_folder(&path)?;
+            }
+            Ok::<_, io::Error>(opened.fd)
         };
         Self::from_fd(pool::blocking(create).await??, engine)
     }

@@ -10,10 +10,11 @@ mod secret;
 mod thread_context;
 mod throttle_group;
 
-use super::Control;
+use super::{Control, Message};
 use crate::pr_manager::PrManager;
+use block::clock::Clock;
+use block::driver::LocalFuture;
 use block::resource::Resource;
-use block::throttle::Groups;
 use io::IoThread;
 use iothread::Iothread;
 use main_loop::MainLoop;
@@ -24,9 +25,11 @@ use qapi::types::qom::{
 };
 use qapi::{Error, ErrorClass, Qapi, Result, Value};
 use secret::Secret;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use thread_context::ThreadContext;
 use throttle_group::ThrottleGroup;
+use tokio::sync::oneshot;
 
 /// What every type of object does with its properties.
 trait UserObject {
@@ -69,11 +72,10 @@ impl Object {
     /// What the object is to nodes, beyond those that they find by themselves.
     fn resource(&self) -> Resource {
         match self {
-            Object::Iothread(_) | Object::MainLoop(_) | Object::ThreadContext(_) | Object::ThrottleGroup(_) => {
-                Resource::None
-            }
+            Object::Iothread(_) | Object::MainLoop(_) | Object::ThreadContext(_) => Resource::None,
             Object::Secret(object) | Object::SecretKeyring(object) => Resource::Secret(object.bytes().clone()),
             Object::PrManagerHelper(object) => Resource::ReservationManager(object.manager().clone()),
+            Object::ThrottleGroup(object) => Resource::ThrottleGroup(object.group().clone()),
         }
     }
 
@@ -108,8 +110,18 @@ struct Entry {
 /// The user's objects, oldest first.
 pub(super) struct Objects {
     list: Vec<Entry>,
-    /// The groups by name, as drivers find them.
-    throttle_groups: Groups,
+    /// The names of those that are about to be: what they are made of is being read.
+    pending: BTreeSet<String>,
+    /// The time of throttle groups.
+    clock: Arc<dyn Clock>,
+}
+
+/// An object whose content has been read beside the control task.
+#[derive(Debug)]
+pub struct NewObject {
+    options: ObjectOptions,
+    content: Result<Vec<u8>>,
+    reply: oneshot::Sender<Result<()>>,
 }
 
 /// A type of objects.
@@ -219,9 +231,9 @@ fn integer(name: &str, value: &Value) -> Result<i64> {
 }
 
 impl Objects {
-    /// No objects yet; throttle groups will go to `throttle_groups`.
-    pub fn new(throttle_groups: Groups) -> Self {
-        Self { list: Vec::new(), throttle_groups }
+    /// No objects yet; throttle groups will have the time of `clock`.
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        Self { list: Vec::new(), pending: BTreeSet::new(), clock }
     }
 
     fn find(&self, id: &str) -> Option<&Entry> {
@@ -246,17 +258,55 @@ impl Objects {
 }
 
 impl Control {
-    /// `object-add` and `--object`.
-    pub async fn object_add(&mut self, options: ObjectOptions) -> Result<()> {
-        let ObjectOptions { id, object } = options;
-        if !qapi::opts::is_identifier(&id) {
+    /// `--object`: done when it is there.
+    pub async fn make_object(&mut self, options: ObjectOptions) -> Result<()> {
+        self.check_new_id(&options.id)?;
+        let content = match secret::file_of(&options.object) {
+            Some(name) => Some(secret::read_file(name, self.descriptors.sets().clone()).await?),
+            None => None,
+        };
+        self.add_object(options, content)
+    }
+
+    /// `object-add`. A file may be a pipe whose other end takes its time: only the monitor that asked waits for it.
+    pub(super) fn object_add(&mut self, options: ObjectOptions) -> Result<LocalFuture<'static, Result<()>>> {
+        self.check_new_id(&options.id)?;
+        let Some(name) = secret::file_of(&options.object).map(str::to_owned) else {
+            self.add_object(options, None)?;
+            return Ok(Box::pin(async { Ok(()) }));
+        };
+        self.objects.pending.insert(options.id.clone());
+        let (handle, fdsets) = (self.handle(), self.descriptors.sets().clone());
+        Ok(Box::pin(async move {
+            let content = secret::read_file(&name, fdsets).await;
+            let (reply, result) = oneshot::channel();
+            handle.send(Message::NewObject(NewObject { options, content, reply }));
+            result.await.map_err(|_| Error::generic("The daemon is shutting down"))?
+        }))
+    }
+
+    /// What an object is made of has been read, or could not be.
+    pub(super) fn object_read(&mut self, new: NewObject) {
+        self.objects.pending.remove(&new.options.id);
+        let added = new.content.and_then(|content| self.add_object(new.options, Some(content)));
+        drop(new.reply.send(added));
+    }
+
+    fn check_new_id(&self, id: &str) -> Result<()> {
+        if !qapi::opts::is_identifier(id) {
             return Err(Error::generic("Parameter 'id' expects an identifier"));
         }
-        if self.objects.find(&id).is_some() {
+        if self.objects.find(id).is_some() || self.objects.pending.contains(id) {
             return Err(Error::generic(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
             )));
         }
+        Ok(())
+    }
+
+    /// Makes an object; `content` is that of the file that it names.
+    fn add_object(&mut self, options: ObjectOptions, content: Option<Vec<u8>>) -> Result<()> {
+        let ObjectOptions { id, object } = options;
         let object = match &object {
             ObjectVariant::MainLoop(properties) => {
                 if self.objects.list.iter().any(|entry| matches!(entry.object, Object::MainLoop(_))) {
@@ -265,8 +315,7 @@ impl Control {
                 Object::MainLoop(MainLoop::take(properties)?)
             }
             ObjectVariant::Secret(properties) => {
-                let fdsets = self.descriptors.sets().clone();
-                Object::Secret(Secret::read(properties, &fdsets, self.graph.resources()).await?)
+                Object::Secret(Secret::read(properties, content, self.graph.resources())?)
             }
             ObjectVariant::SecretKeyring(properties) => {
                 Object::SecretKeyring(Secret::read_key(properties, self.graph.resources())?)
@@ -277,7 +326,7 @@ impl Control {
                 Object::PrManagerHelper(PrManagerHelper::start(&id, properties, self.handle())?)
             }
             ObjectVariant::ThrottleGroup(properties) => {
-                Object::ThrottleGroup(ThrottleGroup::add(&self.objects.throttle_groups, &id, properties)?)
+                Object::ThrottleGroup(ThrottleGroup::new(&id, properties, Arc::clone(&self.objects.clock))?)
             }
         };
         self.graph.resources_mut().add(&id, object.resource());

@@ -60,7 +60,6 @@ pub const COMMANDS: &[Row] = commands! {
     QueryQmpSchema => query_qmp_schema,
     Quit => quit,
     XQuerySandbox => x_query_sandbox,
-    ObjectOptions => object_add,
     ObjectDel => object_del,
     QomList => qom_list,
     QomListGet => qom_list_get,
@@ -127,6 +126,7 @@ pub const COMMANDS: &[Row] = commands! {
     XBlockExportResume => x_block_export_resume,
     QueryPrManagers => query_pr_managers,
     ; beside
+    ObjectOptions => object_add,
     NbdServerRemove => nbd_server_remove,
     BlockExportDel => block_export_del,
     ChardevAdd => chardev_add,

@@ -249,6 +249,7 @@ impl Graph {
                     after: &new.options,
                     driver: &new.given.driver,
                     children,
+                    resources: &self.resources,
                 })
                 .collect();
             let mut prepared: Vec<(Arc<Node>, Box<dyn Prepared + '_>)> = Vec::new();

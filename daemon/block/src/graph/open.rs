@@ -7,6 +7,7 @@ use crate::edge::{Edge, Parent, Role};
 use crate::node::{DetectZeroes, Node, NodeOptions};
 use crate::report::Reporter;
 use crate::reservation::ManagerUse;
+use crate::throttle;
 use nix::errno::Errno;
 use qapi::opts::is_identifier;
 use qapi::types::block::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef};
@@ -114,6 +115,14 @@ impl OpenContext<'_> {
     /// There is no such object, or it is of another type.
     pub fn reservation_manager(&self, id: &str) -> Result<ManagerUse> {
         self.graph.resources().reservation_manager(id)
+    }
+
+    /// The throttle group of that id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn throttle_group(&self, id: &str) -> Result<Arc<throttle::Group>> {
+        self.graph.resources().throttle_group(id)
     }
 
     /// A node that exists or has been opened for the same command.

@@ -12,7 +12,6 @@ use super::bucket::Buckets;
 use super::{Direction, Limits};
 use crate::clock::Clock;
 use crate::driver::LocalFuture;
-use qapi::{Error, Result};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::Pin;
@@ -419,48 +418,5 @@ impl Drop for Wait<'_> {
             woken
         };
         wake(woken);
-    }
-}
-
-/// All groups, by name. Clones share them.
-#[derive(Clone, Debug)]
-pub struct Groups {
-    clock: Arc<dyn Clock>,
-    /// Guards the names. Control task only, never across an await.
-    by_name: Arc<Mutex<BTreeMap<String, Arc<Group>>>>,
-}
-
-impl Groups {
-    /// No groups; those that will be have the time of `clock`.
-    pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Self { clock, by_name: Arc::default() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Group>>> {
-        self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A new group.
-    ///
-    /// # Errors
-    /// There is one of that name.
-    pub fn add(&self, name: &str, limits: Limits) -> Result<Arc<Group>> {
-        let mut groups = self.lock();
-        if groups.contains_key(name) {
-            return Err(Error::generic(format!("A group named '{name}' already exists")));
-        }
-        let group = Group::new(name, limits, Arc::clone(&self.clock));
-        groups.insert(name.to_owned(), Arc::clone(&group));
-        Ok(group)
-    }
-
-    /// The group of that name.
-    pub fn get(&self, name: &str) -> Option<Arc<Group>> {
-        self.lock().get(name).cloned()
-    }
-
-    /// Forgets a group. Its members go on with it.
-    pub fn remove(&self, name: &str) {
-        self.lock().remove(name);
     }
 }

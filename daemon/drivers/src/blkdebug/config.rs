@@ -2,10 +2,19 @@
 //! comment line.
 
 use super::rules::Rules;
+use io::FdSets;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use qapi::types::block_filters::{BlkdebugEvent, BlkdebugInjectErrorOptions, BlkdebugSetStateOptions};
 use qapi::{Error, Result};
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 use std::str::FromStr;
+
+/// What the file may hold, in bytes.
+const MAX_FILE: u64 = 1 << 20;
 
 const INJECT_ERROR: (&str, &[&str]) =
     ("inject-error", &["event", "state", "errno", "sector", "once", "immediately", "delay-ns"]);
@@ -14,6 +23,21 @@ const SET_STATE: (&str, &[&str]) = ("set-state", &["event", "state", "new_state"
 struct Section<'a> {
     kind: (&'static str, &'static [&'static str]),
     members: HashMap<&'a str, &'a str>,
+}
+
+/// The text of the file, which may be one that was passed. Blocks.
+///
+/// # Errors
+/// It cannot be opened or read, is too long or no text.
+pub fn load(path: &Path, fdsets: &FdSets) -> std::io::Result<String> {
+    let opened = fdsets.open(path, OFlag::O_RDONLY, Mode::empty())?;
+    let mut text = String::new();
+    let length = File::from(opened.fd).take(MAX_FILE + 1).read_to_string(&mut text)?;
+    if u64::try_from(length).is_ok_and(|length| length <= MAX_FILE) {
+        Ok(text)
+    } else {
+        Err(std::io::Error::other(format!("It has more than {MAX_FILE} bytes")))
+    }
 }
 
 /// Adds the rules of a file's text.

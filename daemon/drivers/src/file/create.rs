@@ -28,7 +28,7 @@ pub async fn create(fdsets: &FdSets, options: &BlockdevCreateOptionsFile) -> Res
     };
     let hint = options.extent_size_hint.map_or(EXTENT_SIZE, |hint| hint.0);
     let hint = u32::try_from(hint).map_err(|_| Error::generic("Extent size hint is too large"))?;
-    let file = File::create(Path::new(filename), Engine::Threads)
+    let file = File::create(Path::new(filename), fdsets, Engine::Threads)
         .await
         .map_err(|error| Error::io(format!("Could not create '{filename}'"), error))?;
     let plain = BlockdevOptionsFile {

@@ -5,7 +5,8 @@ pub mod suite;
 
 use block::disk::DiskOptions;
 use block::perm::Bits;
-use block::throttle::{Limit, Limits};
+use block::resource::Resource;
+use block::throttle::{Group, Limit, Limits};
 use block::{Disk, Graph, Perms};
 use drivers::Drivers;
 use io::{IoThread, Params, RingUse};
@@ -32,17 +33,15 @@ where
 
 /// An empty graph; drivers find the throttle groups `fast`, which has limits that no test reaches, and `unlimited`.
 pub fn graph() -> Graph {
-    graph_with().0
-}
-
-/// The same, and what its drivers find.
-pub fn graph_with() -> (Graph, Drivers) {
     let drivers = Drivers::default();
     let rate = |avg| Limit { avg, ..Limit::default() };
     let fast = Limits { buckets: [1 << 40, 0, 0, 0, 1 << 40, 1 << 40].map(rate), op_size: 4096 };
-    drivers.throttle_groups.add("fast", fast).unwrap();
-    drivers.throttle_groups.add("unlimited", Limits::default()).unwrap();
-    (Graph::new(Arc::new(drivers.clone())), drivers)
+    let mut graph = Graph::new(Arc::new(drivers.clone()));
+    for (name, limits) in [("fast", fast), ("unlimited", Limits::default())] {
+        let group = Group::new(name, limits, Arc::clone(&drivers.clock));
+        graph.resources_mut().add(name, Resource::ThrottleGroup(group));
+    }
+    graph
 }
 
 pub fn options(json: &Value) -> BlockdevOptions {

@@ -86,7 +86,7 @@ impl Qcow2 {
         // Counts alone need no barrier: they are never too low, and who writes what relies on them begins with one.
         let blocks = self.refs.blocks.dirty_copies();
         self.check_blocks(&blocks)?;
-        write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
+        self.write_blocks(&blocks).await?;
         self.blocks_written(&blocks);
         Ok(())
     }
@@ -190,18 +190,26 @@ impl Qcow2 {
             for (at, bytes) in &table.pieces {
                 self.check_overlap(Kinds::REFCOUNT_TABLE, *at, u64_of(bytes.len()))?;
             }
-            if !blocks.is_empty() {
-                self.file.raise(BlkdebugEvent::RefblockUpdate);
+            // The table changes when there are new blocks, and moves when it has no room for them.
+            let (new_blocks, new_table) = if table.moved {
+                (BlkdebugEvent::RefblockAllocWriteBlocks, BlkdebugEvent::RefblockAllocWriteTable)
+            } else {
+                (BlkdebugEvent::RefblockAllocWrite, BlkdebugEvent::RefblockAllocHookup)
+            };
+            if !table.pieces.is_empty() {
+                self.file.raise(new_blocks);
             }
-            write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
+            self.write_blocks(&blocks).await?;
             if table.pieces.is_empty() {
                 return Ok(());
             }
             self.file.flush().await?;
+            self.file.raise(new_table);
             self.file.raise(BlkdebugEvent::ReftableUpdate);
             write_all(&self.file, table.pieces.iter().map(|(at, bytes)| (*at, &bytes[..]))).await?;
             if table.moved {
                 self.file.flush().await?;
+                self.file.raise(BlkdebugEvent::RefblockAllocSwitchTable);
                 let clusters = u32::try_from(table.clusters).unwrap_or(u32::MAX);
                 self.set_header(|header| {
                     header.reftable_at = table.at;
@@ -234,6 +242,15 @@ impl Qcow2 {
     fn check_blocks(&self, blocks: &[Copy]) -> IoResult {
         let check = |copy: &Copy| self.check_overlap(Kinds::REFCOUNT_BLOCK, copy.at, u64_of(copy.bytes.len()));
         blocks.iter().try_for_each(check)
+    }
+
+    async fn write_blocks(&self, blocks: &[Copy]) -> IoResult {
+        if !blocks.is_empty() {
+            self.file.raise(BlkdebugEvent::RefblockUpdate);
+            // The reference's name for it.
+            self.file.raise(BlkdebugEvent::RefblockUpdatePart);
+        }
+        write_all(&self.file, blocks.iter().map(|copy| (copy.at, &copy.bytes[..]))).await
     }
 
     fn blocks_written(&self, blocks: &[Copy]) {

@@ -79,6 +79,7 @@ impl Qcow2 {
             }
             old
         };
+        self.file.raise(BlkdebugEvent::L2UpdateCompressed);
         match self.change_slice(at, change).await? {
             Ok(old) => {
                 self.unlink(&[old], self.discards().other);

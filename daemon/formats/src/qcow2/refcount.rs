@@ -205,7 +205,8 @@ impl Refcounts {
     }
 
     /// Makes a block for the clusters from `index * per_block`, none of which has one: it takes the first of them.
-    fn new_block(&self, table: &mut Table, index: u64) -> IoResult {
+    fn new_block(&self, table: &mut Table, index: u64, file: &Edge) -> IoResult {
+        file.raise(BlkdebugEvent::RefblockAlloc);
         let first = index * self.per_block();
         // Clusters that are in use have a block, unless the image is damaged.
         if first == 0 {
@@ -223,7 +224,7 @@ impl Refcounts {
     }
 
     /// Claims up to `most` free clusters in a row from the first free one.
-    fn try_claim(&self, most: u64, from: Option<u64>) -> IoResult<Try<Range<u64>>> {
+    fn try_claim(&self, most: u64, from: Option<u64>, file: &Edge) -> IoResult<Try<Range<u64>>> {
         let mut table = self.table();
         let mut cluster = from.unwrap_or(table.first_free).max(1);
         loop {
@@ -236,7 +237,7 @@ impl Refcounts {
             }
             let at = self.block_at(&table, index)?;
             if at == 0 {
-                self.new_block(&mut table, index)?;
+                self.new_block(&mut table, index, file)?;
                 continue;
             }
             let Some(block) = self.blocks.peek(at) else { return Ok(Try::Load(index)) };
@@ -283,7 +284,7 @@ impl Refcounts {
     /// The errno of reading a block; `EUCLEAN` for a damaged table; `EFBIG` when no more can be counted.
     pub async fn claim(&self, most: u64, from: Option<u64>, file: &Edge) -> IoResult<Range<u64>> {
         loop {
-            match self.try_claim(most, from)? {
+            match self.try_claim(most, from, file)? {
                 Try::Done(run) => return Ok(run),
                 Try::Load(index) => drop(self.load(index, file).await?),
                 Try::Grow(entries) => self.grow(entries, file)?,

@@ -1,6 +1,6 @@
 //! Objects of type `secret` and `secret_keyring`: bytes that nobody else should know, such as passwords of images.
 //!
-//! The bytes are read and decrypted once, when the object is made; who needs them finds them by the object's name in
+//! The bytes are read once, beside the control task, and decrypted when the object is made; who needs them finds them by the object's name in
 //! [`block::resource`]. The tree of objects shows what the user wrote in the options, as the reference does: who wants to
 //! keep it from other monitors gives a file or an encrypted secret.
 
@@ -9,13 +9,16 @@ use crate::control::chardev::decode_base64;
 use aes::Aes256;
 use block::resource::{Resources, Secret as Bytes};
 use cbc::cipher::{BlockDecryptMut, KeyIvInit, block_padding::NoPadding};
-use io::FdSets;
+use io::{Channel, FdSets};
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
-use qapi::types::qom::{SecretCommon, SecretFormat, SecretKeyringProperties, SecretProperties};
+use qapi::types::qom::{ObjectVariant, SecretCommon, SecretFormat, SecretKeyringProperties, SecretProperties};
 use qapi::{Error, Result, Value};
 use std::fs::File;
+use std::future::poll_fn;
 use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -49,16 +52,16 @@ enum Source {
 }
 
 impl Secret {
-    /// Reads a secret out of the options or a file.
+    /// Reads a secret out of the options; `content` is that of the file that they name.
     ///
     /// # Errors
-    /// Options contradict each other, the file cannot be read, or what is there is not of its format.
-    pub async fn read(options: &SecretProperties, fdsets: &FdSets, resources: &Resources) -> Result<Self> {
+    /// Options contradict each other, or what is there is not of its format.
+    pub fn read(options: &SecretProperties, content: Option<Vec<u8>>, resources: &Resources) -> Result<Self> {
         let (bytes, source) = match (&options.data, &options.file) {
             (Some(_), Some(_)) => return Err(Error::generic("'file' and 'data' are mutually exclusive")),
             (None, None) => return Err(Error::generic("Either 'file' or 'data' must be provided")),
             (Some(data), None) => (data.clone().into_bytes(), Source::Data(data.clone())),
-            (None, Some(name)) => (read_file(name, fdsets).await?, Source::File(name.clone())),
+            (None, Some(name)) => (content.unwrap_or_default(), Source::File(name.clone())),
         };
         Self::new(bytes, options.common.clone(), source, resources)
     }
@@ -85,18 +88,66 @@ impl Secret {
     }
 }
 
-async fn read_file(name: &str, fdsets: &FdSets) -> Result<Vec<u8>> {
-    let (path, fdsets) = (PathBuf::from(name), fdsets.clone());
-    let work = move || {
-        let opened = fdsets.open(&path, OFlag::O_RDONLY | OFlag::O_NOCTTY, Mode::empty())?;
+/// The file that holds what the object is made of.
+pub fn file_of(object: &ObjectVariant) -> Option<&str> {
+    match object {
+        // With both the options contradict each other, and nothing is read.
+        ObjectVariant::Secret(options) if options.data.is_none() => options.file.as_deref(),
+        _ => None,
+    }
+}
+
+/// The content of a file, which may be a pipe: then whoever waits for it holds no thread, and may give up.
+///
+/// # Errors
+/// It cannot be read, or has more than a secret has.
+pub async fn read_file(name: &str, fdsets: FdSets) -> Result<Vec<u8>> {
+    let failed = |error| Error::io(format!("Unable to read {name}"), error);
+    let path = PathBuf::from(name);
+    // Without waiting for the other end of a pipe.
+    let flags = OFlag::O_RDONLY | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    let open = move || {
+        let file = File::from(fdsets.open(&path, flags, Mode::empty())?.fd);
+        let kind = file.metadata()?.file_type();
+        if kind.is_fifo() || kind.is_char_device() {
+            return Ok(Content::Pipe(file.into()));
+        }
         let mut bytes = Vec::new();
-        File::from(opened.fd).take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-        Ok::<_, std::io::Error>(bytes)
+        file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+        Ok::<_, std::io::Error>(Content::All(bytes))
     };
-    let read = io::blocking(work).await.and_then(|read| read);
-    let bytes = read.map_err(|error| Error::io(format!("Unable to read {name}"), error))?;
-    if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_FILE) {
+    let bytes = match io::blocking(open).await.and_then(|read| read) {
+        Ok(Content::All(bytes)) => Ok(bytes),
+        Ok(Content::Pipe(pipe)) => read_as_it_comes(pipe).await,
+        Err(error) => Err(error),
+    };
+    let bytes = bytes.map_err(failed)?;
+    if is_too_long(&bytes) {
         return Err(Error::generic(format!("Unable to read {name}: it has more than {MAX_FILE} bytes")));
+    }
+    Ok(bytes)
+}
+
+fn is_too_long(bytes: &[u8]) -> bool {
+    u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_FILE)
+}
+
+/// What is in a file, or where it will come from.
+enum Content {
+    All(Vec<u8>),
+    Pipe(OwnedFd),
+}
+
+/// The bytes of a pipe or a terminal, until whoever writes has closed it.
+async fn read_as_it_comes(pipe: OwnedFd) -> std::io::Result<Vec<u8>> {
+    let pipe = Channel::single(pipe)?;
+    let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+    while !is_too_long(&bytes) {
+        let count = poll_fn(|cx| pipe.poll_read(cx, &mut part, &mut Vec::new())).await?;
+        if count == 0 {
+            break;
+        }
+        bytes.extend_from_slice(part.get(..count).unwrap_or_default());
     }
     Ok(bytes)
 }

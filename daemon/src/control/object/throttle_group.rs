@@ -1,7 +1,8 @@
 //! Objects of type `throttle-group`: limits by name. The group itself is in [`block::throttle`].
 
 use super::UserObject;
-use block::throttle::{Group, Groups, Limits};
+use block::clock::Clock;
+use block::throttle::{Group, Limits};
 use qapi::types::throttle::ThrottleGroupProperties;
 use qapi::{Error, Qapi, Result, Value};
 use std::sync::Arc;
@@ -30,23 +31,23 @@ pub const PROPERTIES: &[(&str, &str)] = &[
     ("x-iops-size", "int"),
 ];
 
-/// A group of the user's; drivers find it while this lives.
+/// A group of the user's; drivers find it in [`block::resource`].
 pub struct ThrottleGroup {
     group: Arc<Group>,
-    groups: Groups,
 }
 
 impl ThrottleGroup {
-    /// A new group with the limits of `properties`.
-    pub fn add(groups: &Groups, id: &str, properties: &ThrottleGroupProperties) -> Result<Self> {
-        let group = groups.add(id, Limits::of_properties(properties)?)?;
-        Ok(Self { group, groups: groups.clone() })
+    /// A new group with the limits of `properties`, and the time of `clock`.
+    ///
+    /// # Errors
+    /// Limits that contradict each other.
+    pub fn new(id: &str, properties: &ThrottleGroupProperties, clock: Arc<dyn Clock>) -> Result<Self> {
+        Ok(Self { group: Group::new(id, Limits::of_properties(properties)?, clock) })
     }
-}
 
-impl Drop for ThrottleGroup {
-    fn drop(&mut self) {
-        self.groups.remove(self.group.name());
+    /// The group itself.
+    pub fn group(&self) -> &Arc<Group> {
+        &self.group
     }
 }
 
@@ -68,9 +69,5 @@ impl UserObject for ThrottleGroup {
         let limits = self.group.limits().with(&change.limits.unwrap_or_default())?;
         self.group.set_limits(limits);
         Ok(())
-    }
-
-    fn is_in_use(&self) -> bool {
-        self.group.members() > 0
     }
 }
