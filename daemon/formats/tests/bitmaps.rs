@@ -265,3 +265,40 @@ fn inconsistent_bitmaps_forbid_a_resize() {
         graph.close_all().await;
     });
 }
+
+#[test]
+fn bitmaps_go_with_an_image_that_is_handed_over() {
+    if !has_qemu() {
+        return;
+    }
+    const M: u64 = 1 << 20;
+    let dir = folder();
+    let path = dir.path().to_owned();
+    create(&path, "image 16M");
+    run(&path, "qemu-img", &["bitmap", "--add", "-g", "65536", "image", "one"]);
+    let there = path.clone();
+    on_thread(move || async move {
+        let file = json!({ "driver": "file", "filename": path.join("image").to_str().unwrap(), "locking": "off" });
+        let node = json!({ "driver": "qcow2", "node-name": "q", "file": file });
+        let mut graph = graph();
+        graph.add(&options(&node)).await.unwrap();
+        let buf = IoBuf::zeroed(65536);
+        let disk = attach(&mut graph, "q", true).await;
+        disk.write(M, &buf, WriteFlags::NONE).await.unwrap();
+        graph.detach(disk).await;
+        let node = std::sync::Arc::clone(graph.get("q").unwrap());
+        graph.deactivate(&node).await.unwrap();
+        // The other process has the bitmap as it should be, and makes a second one, for which the directory moves.
+        assert_eq!(flags(&path, "image"), [("one".to_owned(), vec!["auto".to_owned()])]);
+        qemu_io(&path, "image", &["write 2M 64k"]);
+        run(&path, "qemu-img", &["bitmap", "--add", "-g", "65536", "image", "two"]);
+        graph.activate(&node).await.unwrap();
+        let disk = attach(&mut graph, "q", true).await;
+        disk.write(3 * M, &buf, WriteFlags::NONE).await.unwrap();
+        graph.detach(disk).await;
+        graph.close_all().await;
+    });
+    run(&there, "qemu-img", &["check", "-q", "-f", "qcow2", "image"]);
+    assert_eq!(dirty(&there, "image", "one"), [(M, 65536), (2 * M, 65536), (3 * M, 65536)]);
+    assert_eq!(dirty(&there, "image", "two"), [(3 * M, 65536)]);
+}

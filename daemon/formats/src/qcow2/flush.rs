@@ -325,26 +325,26 @@ impl Qcow2 {
     /// What has to be done once before the first change: features that others must not trust any more are taken back.
     pub(super) async fn prepare(&self) -> IoResult {
         self.check_sound()?;
-        if self.prepared.initialized() {
+        if self.prepared.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.prepared
-            .get_or_try_init(|| async {
-                self.repair_dirty().await.map_err(|_| block::Errno::EIO)?;
-                let known = header::BITMAPS | header::RAW_DATA_FILE;
-                if self.header_now().autoclear & !known != 0 {
-                    let _turn = self.turn.lock().await;
-                    self.set_header(|header| header.autoclear &= known).await?;
-                }
-                Ok(())
-            })
-            .await
-            .copied()
+        let _preparing = self.preparing.lock().await;
+        if self.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.repair_dirty().await.map_err(|_| block::Errno::EIO)?;
+        let known = header::BITMAPS | header::RAW_DATA_FILE;
+        if self.header_now().autoclear & !known != 0 {
+            let _turn = self.turn.lock().await;
+            self.set_header(|header| header.autoclear &= known).await?;
+        }
+        self.prepared.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// The last flush. Nothing is in flight.
     pub(super) async fn close_image(&self) {
-        if self.is_read_only() || self.check_sound().is_err() || !self.prepared.initialized() {
+        if self.is_read_only() || self.check_sound().is_err() || !self.prepared.load(Ordering::Acquire) {
             return;
         }
         // Clusters that wait for nobody any more are freed by the second one, which writes their counts.

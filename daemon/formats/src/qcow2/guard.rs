@@ -263,8 +263,8 @@ impl Qcow2 {
         for cluster in blocks {
             add(Kinds::REFCOUNT_BLOCK, cluster..cluster + 1);
         }
-        if let Some(bitmaps) = self.extensions.bitmaps.as_ref().filter(|_| header.has_bitmaps()) {
-            add(Kinds::BITMAP_DIRECTORY, self.clusters_of(bitmaps.at, bitmaps.len));
+        if let Some((at, len)) = self.bitmaps.directory() {
+            add(Kinds::BITMAP_DIRECTORY, self.clusters_of(at, len));
         }
         let (snapshots, len) = super::check::snapshots(&self.file.node(), &header).await.map_err(|_| Errno::EIO)?;
         add(Kinds::SNAPSHOT_TABLE, self.clusters_of(header.snapshots_at, len));

@@ -23,7 +23,6 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use tokio::sync::OnceCell;
 
 /// The active L1 table [qcow2 §Cluster mapping].
 #[derive(Debug, Default)]
@@ -120,8 +119,10 @@ pub struct Qcow2 {
     pub(super) retired: Mutex<Vec<(u64, Vec<Free>)>>,
     pub(super) turn: tokio::sync::Mutex<Turn>,
     pub(super) flushes: AtomicU64,
-    /// Done once, before the first change.
-    pub(super) prepared: OnceCell<()>,
+    /// What has to be done once before the first change has been done.
+    pub(super) prepared: AtomicBool,
+    /// One at a time does it.
+    pub(super) preparing: tokio::sync::Mutex<()>,
     pub(super) bitmaps: Recorder,
     pub(super) guard: Guard,
     pub(super) damage: Damage,

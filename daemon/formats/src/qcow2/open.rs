@@ -77,7 +77,8 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         retired: Vec::new().into(),
         turn: tokio::sync::Mutex::default(),
         flushes: AtomicU64::new(0),
-        prepared: tokio::sync::OnceCell::new(),
+        prepared: false.into(),
+        preparing: tokio::sync::Mutex::default(),
         bitmaps,
         guard: Guard::new(tuning.checked),
         damage: Damage::new(cx.reporter(), cx.node_name()),
@@ -106,14 +107,14 @@ async fn read_table(file: &Edge, what: &str, at: u64, len: u64) -> Result<Vec<u8
 }
 
 /// What the first cluster says.
-struct Start {
-    header: Header,
-    extensions: Extensions,
-    backing_name: Option<String>,
+pub(super) struct Start {
+    pub header: Header,
+    pub extensions: Extensions,
+    pub backing_name: Option<String>,
 }
 
 impl Start {
-    async fn read(file: &Edge) -> Result<Self> {
+    pub async fn read(file: &Edge) -> Result<Self> {
         let first = Self::bytes(file, 512).await?;
         let header = Header::parse(&first)?;
         let first = Self::bytes(file, header.cluster_size()).await?;

@@ -1,9 +1,11 @@
 //! The check of an image that is open: everything is written out first, and read anew if something was repaired.
 
+use super::bitmap::Recorder;
 use super::bytes::{be64, u64_of, us};
 use super::check;
 use super::header::{self, Header};
 use super::image::{Qcow2, lock};
+use super::open::{Start, check_features};
 use block::IoResult;
 use block::check::{Check, Fix, Found};
 use block::driver::LocalFuture;
@@ -61,6 +63,7 @@ impl Qcow2 {
                 break;
             }
         }
+        self.store_bitmaps().await?;
         self.write_lazy().await?;
         self.file.flush().await
     }
@@ -68,25 +71,26 @@ impl Qcow2 {
     /// Reads the image anew after another process may have changed it.
     ///
     /// # Errors
-    /// It cannot be read, or has become another image.
+    /// It cannot be read, or has become another image, or one that cannot be used any more.
     pub(super) async fn read_again(&self) -> Result<()> {
-        let failed = |errno: block::Errno| Error::io("Could not read the image", errno.into());
         let before = self.header_now();
-        self.read_anew().await.map_err(failed)?;
-        let header = self.header_now();
+        let Start { header, extensions, backing_name } = Start::read(&self.file).await?;
         let shape = |header: &Header| {
-            (
-                header.version,
-                header.cluster_bits,
-                header.refcount_order,
-                header.incompatible & !(header::DIRTY | header::CORRUPT),
-            )
+            let marks = header::DIRTY | header::CORRUPT;
+            (header.version, header.cluster_bits, header.refcount_order, header.incompatible & !marks)
         };
         if shape(&header) != shape(&before) {
             return Err(Error::generic("The image is not the one that it was"));
         }
+        check_features(&header, &extensions, self.is_read_only())?;
+        let bitmaps = Recorder::read(&self.file, &header, extensions.bitmaps.as_ref()).await?;
+        self.bitmaps.replace(bitmaps);
+        self.prepared.store(false, Ordering::Release);
+        let read = self.read_anew().await;
+        read.map_err(|errno| Error::io("Could not read the image", errno.into()))?;
+        *lock(&self.backing_name) = backing_name;
         self.size.store(header.size, Ordering::Release);
-        Ok(())
+        self.repair_dirty().await
     }
 
     /// Forgets what is in memory of the metadata, and reads the header and the tables.

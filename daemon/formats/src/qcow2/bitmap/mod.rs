@@ -77,10 +77,12 @@ struct Record {
 /// The bitmaps of an open image.
 #[derive(Debug, Default)]
 pub(super) struct Recorder {
+    /// Where the directory is. Never across an await.
+    directory: Mutex<Option<Bitmaps>>,
     /// All bitmaps, in the order of the directory. Never across an await.
     bitmaps: Mutex<Vec<Bitmap>>,
     /// Some bitmap is enabled.
-    any: bool,
+    any: AtomicBool,
     /// The enabled bitmaps are marked in the image.
     armed: AtomicBool,
     /// One at a time arms.
@@ -122,8 +124,23 @@ impl Recorder {
             found.push(bitmap);
             at = at.saturating_add(len);
         }
-        let any = found.iter().any(|bitmap| bitmap.auto && !bitmap.in_use);
-        Ok(Self { bitmaps: found.into(), any, ..Self::default() })
+        let any = found.iter().any(|bitmap| bitmap.auto && !bitmap.in_use).into();
+        Ok(Self { directory: Some(bitmaps.clone()).into(), bitmaps: found.into(), any, ..Self::default() })
+    }
+
+    /// Becomes `new`, which has been read after others may have changed the image. Nothing is in flight.
+    pub fn replace(&self, new: Self) {
+        let Self { directory, bitmaps, any, .. } = new;
+        *lock(&self.directory) = std::mem::take(&mut *lock(&directory));
+        *lock(&self.bitmaps) = std::mem::take(&mut *lock(&bitmaps));
+        self.any.store(any.into_inner(), Ordering::Release);
+        self.armed.store(false, Ordering::Release);
+        lock(&self.records).clear();
+    }
+
+    /// Where the directory is, in bytes, and how long.
+    pub fn directory(&self) -> Option<(u64, u64)> {
+        lock(&self.directory).as_ref().map(|directory| (directory.at, directory.len))
     }
 
     /// All bitmaps.
@@ -205,7 +222,7 @@ impl Qcow2 {
     /// Before a change of `span`: enabled bitmaps are marked, and know of it.
     pub(super) async fn record(&self, span: Span) -> IoResult {
         let recorder = &self.bitmaps;
-        if !recorder.any || span.len == 0 {
+        if !recorder.any.load(Ordering::Acquire) || span.len == 0 {
             return Ok(());
         }
         if !recorder.armed.load(Ordering::Acquire) {
