@@ -5,5 +5,6 @@
 mod drill;
 mod modes;
 mod serving;
+mod strict;
 #[cfg(target_arch = "x86_64")]
 mod tracee;
