@@ -4,7 +4,7 @@
 
 As a module: record(n) is what record n is; wrong(file, first, count) is the first record that is not what it was.
 """
-import hashlib, os, sys
+import errno, hashlib, os, sys
 
 LEN = 4096
 
@@ -27,7 +27,12 @@ def main():
     number = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     fd = os.open(target, os.O_RDWR | os.O_CREAT)
     while int(open("/sys/block/%s/size" % disk).read()) * 512 < size:
-        assert os.pwrite(fd, record(number), number * LEN) == LEN
+        try:
+            assert os.pwrite(fd, record(number), number * LEN) == LEN
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            break   # the end of the disk
         os.fsync(fd) if number % 2 else os.fdatasync(fd)
         print("acked %d" % number, flush=True)
         number += 1
