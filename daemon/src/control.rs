@@ -1,7 +1,8 @@
 //! The control task: the one owner of nodes, exports, objects and character devices, and the one that changes them.
 //!
 //! Monitors send it requests, exports tell it that they have ended; it takes one message at a time and finishes it before
-//! the next. The command line is executed by the same functions, before the task starts to listen.
+//! the next; while an image is checked it takes only those that change nothing. The command line is executed by the same
+//! functions, before the task starts to listen.
 //!
 //! | file | commands |
 //! | --- | --- |
@@ -40,8 +41,8 @@ pub use table::schema;
 use crate::events::Events;
 use crate::sandbox::InForce;
 use block::Graph;
-use block::driver::LocalFuture;
 use qapi::{Error, Result, Value};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use table::Run;
@@ -83,6 +84,13 @@ pub enum Message {
     JobReport(u64, jobs::Report),
     /// What an object is made of has been read.
     NewObject(object::NewObject),
+    /// A check has ended, and so does its use of a node.
+    CheckEnded {
+        /// What it used, if not a node that checks itself.
+        user: Option<block::Disk>,
+        /// Told when others may change things again.
+        over: oneshot::Sender<()>,
+    },
     /// The process was asked to end, by a signal or because its only way in has gone.
     Shutdown,
 }
@@ -124,7 +132,7 @@ enum Executed {
     /// Its result.
     Done(Value),
     /// It goes on by itself; the control task does not wait for it.
-    Goes(LocalFuture<'static, Result<Value>>),
+    Goes(table::Goes),
 }
 
 /// All state of the control path.
@@ -141,6 +149,10 @@ pub struct Control {
     sandbox: InForce,
     handle: Handle,
     inbox: mpsc::UnboundedReceiver<Message>,
+    /// A command has the nodes for itself.
+    alone: bool,
+    /// What waits for its end, in order.
+    waiting: VecDeque<Message>,
     quit: bool,
 }
 
@@ -167,6 +179,8 @@ impl Control {
             sandbox: InForce::default(),
             handle,
             inbox,
+            alone: false,
+            waiting: VecDeque::new(),
             quit: false,
         }
     }
@@ -189,8 +203,29 @@ impl Control {
     /// Serves until `quit` or [`Message::Shutdown`].
     pub async fn serve(&mut self) {
         while !self.quit {
-            let Some(message) = self.inbox.recv().await else { return };
+            let Some(message) = self.next().await else { return };
             self.take(message).await;
+        }
+    }
+
+    /// The next message that may be taken now.
+    async fn next(&mut self) -> Option<Message> {
+        if !self.alone
+            && let Some(message) = self.waiting.pop_front()
+        {
+            return Some(message);
+        }
+        loop {
+            let message = self.inbox.recv().await?;
+            let now = match &message {
+                Message::Request { name, .. } => table::looks_on(name),
+                Message::PrManagerStatus { .. } | Message::CheckEnded { .. } | Message::Shutdown => true,
+                _ => false,
+            };
+            if now || !self.alone {
+                return Some(message);
+            }
+            self.waiting.push_back(message);
         }
     }
 
@@ -214,6 +249,7 @@ impl Control {
             Message::ExportClosed(id) => self.export_closed(&id).await,
             Message::GraphWork(work) => work.carry_out(&mut self.graph).await,
             Message::JobReport(serial, report) => self.job_report(serial, report).await,
+            Message::CheckEnded { user, over } => self.check_ended(user, over).await,
             Message::Shutdown => self.quit = true,
         }
     }
@@ -227,12 +263,14 @@ impl Control {
         match command.run {
             Run::Here(run) => run(self, arguments).await.map(Executed::Done),
             Run::Beside(begin) => begin(self, arguments).map(Executed::Goes),
+            Run::Alone(start) => start(self, arguments).await.map(Executed::Goes),
         }
     }
 
     /// Ends everything, users before what they use: exports and servers, nodes, objects.
     pub async fn shut_down(&mut self) {
         self.graph.release_all();
+        self.end_check().await;
         self.close_exports().await;
         self.close_jobs().await;
         self.graph.close_all().await;

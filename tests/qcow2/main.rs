@@ -3,6 +3,7 @@
 
 mod damage;
 mod info;
+mod kills;
 mod matrix;
 mod options;
 

@@ -148,3 +148,62 @@ fn the_check_command() {
     let found = qmp.ok("x-blockdev-check", json!({"node-name": "q", "fix": "leaks"}));
     assert_eq!((&found["check-errors"], &found["leaks"]), (&json!(0), &Value::Null));
 }
+
+fn with_two_monitors() -> Daemon {
+    let setup = Setup::new().qmp().line("--chardev socket,path=two.sock,server=on,wait=off,id=two --monitor two");
+    qemu_img(&setup.path("."), &["create", "-q", "-f", "qcow2", "i.qcow2", "64M"]);
+    setup.start()
+}
+
+fn second(daemon: &Daemon) -> qmp::Client {
+    let mut second = qmp::Client::connect(&daemon.path("two.sock"));
+    second.negotiate();
+    second
+}
+
+#[test]
+fn a_check_does_not_hold_queries_up() {
+    if on_reference() {
+        tests::skip!("a command of this project");
+    }
+    let daemon = with_two_monitors();
+    let mut qmp = daemon.qmp();
+    let mut other = second(&daemon);
+    let file = json!({"driver": "file", "filename": "i.qcow2"});
+    let rule = json!({"action": "hold", "iotype": "read"});
+    qmp.ok("blockdev-add", json!({"driver": "x-fault", "node-name": "d", "file": file, "rules": [rule]}));
+    qmp.send(r#"{"execute": "x-blockdev-check", "arguments": {"node-name": "d"}, "id": 1}"#);
+    tests::wait_for("the check to be held", || {
+        (other.ok("x-query-fault", json!({"node-name": "d"}))["held"] == 1).then_some(())
+    });
+    assert!(other.ok("query-commands", json!({})).is_array());
+    // This would take the node away: it waits.
+    other.send(r#"{"execute": "blockdev-del", "arguments": {"node-name": "d"}}"#);
+    drop(other);
+    let mut other = second(&daemon);
+    assert_eq!(node(&mut other, "d")["drv"], "x-fault");
+    other.ok("x-fault-set-rules", json!({"node-name": "d", "rules": []}));
+    other.ok("x-fault-release", json!({"node-name": "d"}));
+    let answer = qmp.answer();
+    assert_eq!((&answer["id"], &answer["return"]["check-errors"]), (&json!(1), &json!(0)));
+    tests::wait_for("the node to go", || {
+        qmp.ok("query-named-block-nodes", json!({})).as_array().unwrap().is_empty().then_some(())
+    });
+}
+
+/// A read a second is what the check gets, until the daemon ends and holds nothing back.
+#[test]
+fn the_end_of_the_daemon_waits_for_a_check() {
+    if on_reference() {
+        tests::skip!("a command of this project");
+    }
+    let mut daemon = with_two_monitors();
+    let mut qmp = daemon.qmp();
+    let limits = json!({"iops-total": 1, "iops-size": 0});
+    qmp.ok("object-add", json!({"qom-type": "throttle-group", "id": "g", "limits": limits}));
+    let file = json!({"driver": "file", "filename": "i.qcow2"});
+    qmp.ok("blockdev-add", json!({"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": file}));
+    qmp.send(r#"{"execute": "x-blockdev-check", "arguments": {"node-name": "t"}}"#);
+    second(&daemon).ok("quit", json!({}));
+    assert!(daemon.wait().success());
+}

@@ -1,35 +1,56 @@
-//! `x-blockdev-check`.
+//! `x-blockdev-check`. It goes on beside the control task, which meanwhile answers commands that only look: nothing may change
+//! the node that is checked, nor what it is used for.
 
-use super::Control;
 use super::query::filename;
+use super::{Control, Message};
 use block::check::{Fix, Found};
 use block::disk::DiskOptions;
+use block::driver::LocalFuture;
 use block::perm::Bits;
-use block::{Node, Perms};
-use qapi::Result;
+use block::{Disk, Node, Perms};
 use qapi::types::block_check::*;
+use qapi::{Error, Result};
 use std::sync::Arc;
+use tokio::sync::oneshot;
 
 impl Control {
-    pub(super) async fn x_blockdev_check(&mut self, args: XBlockdevCheck) -> Result<ImageCheck> {
+    /// Begins a check.
+    pub(super) async fn x_blockdev_check(
+        &mut self,
+        args: XBlockdevCheck,
+    ) -> Result<LocalFuture<'static, Result<ImageCheck>>> {
         let node = self.graph.find(None, Some(&args.node_name))?;
         let fix = match args.fix {
             XCheckFix::None => Fix::Nothing,
             XCheckFix::Leaks => Fix::Leaks,
             XCheckFix::All => Fix::All,
         };
-        let found = match node.driver().check_control() {
-            Some(image) => {
-                let _drained = self.graph.drain(&node).await;
-                image.check(fix).await?
-            }
-            None => self.check_unused(&node, fix).await?,
+        let user = match node.driver().check_control() {
+            Some(_) => None,
+            None => Some(self.attach_check(&node, fix).await?),
         };
-        Ok(report(filename(&node), found))
+        let drained = match user {
+            Some(_) => None,
+            None => Some(self.graph.drain(&node).await),
+        };
+        self.alone = true;
+        let handle = self.handle();
+        Ok(Box::pin(async move {
+            let found = match node.driver().check_control() {
+                Some(image) => image.check(fix).await,
+                None => formats::qcow2::check::check(Arc::clone(&node), fix).await,
+            };
+            drop(drained);
+            // Who hears of the result may use the node at once.
+            let (over, ended) = oneshot::channel();
+            handle.send(Message::CheckEnded { user, over });
+            ended.await.map_err(|_| Error::generic("The daemon is shutting down"))?;
+            Ok(report(filename(&node), found?))
+        }))
     }
 
-    /// Checks the image in `node`, which nobody else may write to, nor use while it is repaired.
-    async fn check_unused(&mut self, node: &Arc<Node>, fix: Fix) -> Result<Found> {
+    /// Uses a node with an image in it, which nobody else may write to, nor use while it is repaired.
+    async fn attach_check(&mut self, node: &Arc<Node>, fix: Fix) -> Result<Disk> {
         let perms = match fix {
             Fix::Nothing => {
                 Perms { need: Bits::CONSISTENT_READ, shared: Bits::CONSISTENT_READ | Bits::WRITE_UNCHANGED }
@@ -37,10 +58,27 @@ impl Control {
             _ => Perms { need: Bits::CONSISTENT_READ | Bits::WRITE | Bits::RESIZE, shared: Bits::NONE },
         };
         let options = DiskOptions { label: "a check".into(), perms, writethrough: false };
-        let disk = self.graph.attach(node, &options).await?;
-        let found = formats::qcow2::check::check(Arc::clone(node), fix).await;
-        self.graph.detach(disk).await;
-        found
+        self.graph.attach(node, &options).await
+    }
+
+    pub(super) async fn check_ended(&mut self, user: Option<Disk>, over: oneshot::Sender<()>) {
+        if let Some(disk) = user {
+            self.graph.detach(disk).await;
+        }
+        self.alone = false;
+        // The client may have gone.
+        let _ = over.send(());
+    }
+
+    /// For the end of the process: waits for a check, which may be writing.
+    pub(super) async fn end_check(&mut self) {
+        while self.alone {
+            match self.inbox.recv().await {
+                Some(Message::CheckEnded { user, over }) => self.check_ended(user, over).await,
+                Some(other) => self.waiting.push_back(other),
+                None => return,
+            }
+        }
     }
 }
 

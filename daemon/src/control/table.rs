@@ -25,11 +25,25 @@ pub enum Run {
     Here(for<'a> fn(&'a mut Control, &'a Value) -> LocalFuture<'a, Result<Value>>),
     /// Begun by the control task, and finished beside it: what takes as long as somebody else likes and changes nothing of
     /// the daemon's own.
-    Beside(fn(&mut Control, &Value) -> Result<LocalFuture<'static, Result<Value>>>),
+    Beside(fn(&mut Control, &Value) -> Result<Goes>),
+    /// Begun by the control task, and finished beside it while nothing else may change: only [`looks_on`] commands are
+    /// carried out before it has ended.
+    Alone(for<'a> fn(&'a mut Control, &'a Value) -> LocalFuture<'a, Result<Goes>>),
+}
+
+/// The rest of a command that goes on by itself.
+pub type Goes = LocalFuture<'static, Result<Value>>;
+
+/// How the names of commands begin that change nothing, or only what a test holds back, or that everything ends.
+const LOOKS_ON: &[&str] = &["quit", "query-", "x-query-", "x-debug-query-", "qom-get", "qom-list", "x-fault-"];
+
+/// Whether a command may be carried out while another one has the nodes for itself.
+pub fn looks_on(name: &str) -> bool {
+    LOOKS_ON.iter().any(|begin| name.starts_with(begin))
 }
 
 macro_rules! commands {
-    ($($args:ty => $method:ident,)*; beside $($long:ty => $begin:ident,)*) => {
+    ($($args:ty => $method:ident,)*; beside $($long:ty => $begin:ident,)*; alone $($sole:ty => $start:ident,)*) => {
         &[$(Row {
             def: <$args as Command>::command,
             run: Run::Here(|control, arguments| Box::pin(async move {
@@ -47,6 +61,16 @@ macro_rules! commands {
                     Ok(result.to_value())
                 }))
             }),
+        },)*
+        $(Row {
+            def: <$sole as Command>::command,
+            run: Run::Alone(|control, arguments| Box::pin(async move {
+                let begun = control.$start(<$sole>::from_value(arguments)?).await?;
+                Ok(Box::pin(async move {
+                    let result: <$sole as Command>::Ret = begun.await?;
+                    Ok(result.to_value())
+                }) as Goes)
+            })),
         },)*]
     };
 }
@@ -86,7 +110,6 @@ pub const COMMANDS: &[Row] = commands! {
     XBlockdevChange => x_blockdev_change,
     XBlockdevSetIothread => x_blockdev_set_iothread,
     BlockResize => block_resize,
-    XBlockdevCheck => x_blockdev_check,
     XFaultSetRules => x_fault_set_rules,
     XFaultRelease => x_fault_release,
     XFaultCrash => x_fault_crash,
@@ -133,6 +156,8 @@ pub const COMMANDS: &[Row] = commands! {
     ChardevChange => chardev_change,
     XBlockPrIn => x_block_pr_in,
     XBlockPrOut => x_block_pr_out,
+    ; alone
+    XBlockdevCheck => x_blockdev_check,
 };
 
 /// All events.

@@ -14,8 +14,8 @@ pub enum XCheckFix {
 }
 
 /// Checks an image as `qemu-img check` does, and repairs it. The node is one of a format that can do so, whose requests wait
-/// meanwhile, or one with an image of that format that nobody uses: so are images checked that cannot be opened. The daemon
-/// takes no other command until it is done.
+/// meanwhile, or one with an image of that format that nobody uses: so are images checked that cannot be opened. Until it
+/// is done the daemon answers queries; commands that change something wait.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(command = "x-blockdev-check", returns = "ImageCheck", unstable)]
 pub struct XBlockdevCheck {
