@@ -9,10 +9,12 @@ mod interop;
 mod lifecycle;
 mod options;
 mod random;
+mod transport;
 
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use tests::{Daemon, Setup};
 
@@ -82,4 +84,20 @@ fn is_mounted(path: &std::path::Path) -> bool {
     let wanted = path.display().to_string();
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
     mounts.lines().any(|line| line.split(' ').nth(1) == Some(&wanted))
+}
+
+/// Whether the kernel sends requests over io_uring to those that can take them so.
+fn over_rings() -> bool {
+    std::fs::read_to_string("/sys/module/fuse/parameters/enable_uring").is_ok_and(|text| text.trim() == "Y")
+}
+
+/// Whether an error says that the export of an open file has gone. Over io_uring a request that comes in the moment of the end
+/// is ended as aborted or cancelled.
+fn says_gone(error: &std::io::Error) -> bool {
+    let known: &[Errno] = if over_rings() {
+        &[Errno::ENOTCONN, Errno::ECONNABORTED, Errno::ECANCELED]
+    } else {
+        &[Errno::ENOTCONN]
+    };
+    error.raw_os_error().is_some_and(|number| known.contains(&Errno::from_raw(number)))
 }

@@ -78,6 +78,15 @@ pub trait ExportDriver {
     fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>>;
 }
 
+/// How requests reach an export, where there is more than one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// They are read from a device of the kernel.
+    Device,
+    /// The kernel sends them over an io_uring.
+    IoUring,
+}
+
 /// What the control task knows of an export of any kind.
 pub trait Export: Send + Sync {
     /// By which it is removed.
@@ -86,6 +95,10 @@ pub trait Export: Send + Sync {
     fn kind(&self) -> &'static str;
     /// What is exported; its statistics are the export's.
     fn disk(&self) -> &Disk;
+    /// How its requests come; none where there is only one way.
+    fn transport(&self) -> Option<Transport> {
+        None
+    }
     /// Clients that use it now; `block-export-del` in safe mode refuses unless there is none.
     fn clients(&self) -> usize;
     /// Whether a shutdown was requested.

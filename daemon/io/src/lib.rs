@@ -3,7 +3,7 @@
 //! - [`IoThread`]: an OS thread with one event loop, one io_uring and a bounded pool for calls that block.
 //! - [`File`]: reads and writes of whole buffers at offsets, on the ring of the calling thread or on its pool.
 //! - [`ImageLock`]: the lock bytes that keep two programs from writing to one image.
-//! - [`FuseDevice`], [`fuse_mount`]: the kernel's requests to a file system, and how to get some.
+//! - [`FuseDevice`], [`FuseRing`], [`fuse_mount`]: the kernel's requests to a file system, and how to get some.
 //! - [`Stream`], [`Listener`]: sockets that receive into and send from [`buf::IoBuf`]s.
 //!
 //! An operation owns its memory and its descriptor until the kernel is done with them, whatever happens to the future that
@@ -21,6 +21,7 @@ pub mod fdset;
 mod file;
 mod fuse_device;
 pub mod fuse_mount;
+mod fuse_ring;
 pub mod keyring;
 mod lock;
 mod messages;
@@ -46,6 +47,7 @@ pub use extent::{AllocMode, Extent};
 pub use fdset::{FdSetUse, FdSets};
 pub use file::{Access, Engine, File, FileKind, FileStat, OpenHow};
 pub use fuse_device::FuseDevice;
+pub use fuse_ring::{FUSE_FIXED, FUSE_HEADER, Fetched, FuseQueues, FuseRing};
 pub use lock::{ImageLock, LockError, LockMode, LockSet, Locking};
 pub use messages::MessageSocket;
 pub use polling::{Look, Polling, Watched, is_polling, look_around};

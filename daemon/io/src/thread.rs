@@ -144,7 +144,8 @@ fn before_park() {
     if let Some(ring) = current_ring() {
         ring.turn();
     }
-    // After the ring, which may have found something.
+    crate::fuse_ring::before_park();
+    // After the rings, which may have found something.
     if let Some(poller) = current_poller() {
         poller.before_park();
     }

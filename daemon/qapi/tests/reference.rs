@@ -116,6 +116,7 @@ fn the_schema_fits_into_the_references() {
             "query-block return[].inserted.children",
             "query-block return[].inserted.image.limits",
             "query-block-exports return[].x-statistics",
+            "query-block-exports return[].x-transport",
             "query-blockstats return[].driver-specific.driver=x-fault",
         ]
     );

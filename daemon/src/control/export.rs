@@ -14,7 +14,7 @@ use export::{Export, ExportDriver, ExportParams, Resize, Resized};
 use io::IoThread;
 use io::socket;
 use qapi::types::export::{
-    BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOnError, BlockExportOptions,
+    BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOnError, BlockExportOptions, BlockExportTransport,
     BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportStatistics, BlockExportType,
     BlockExportVariant, FuseExportAllowOther, NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy,
     NbdServerRemove, NbdServerStop, QueryBlockExports, XBlockExportResume,
@@ -310,6 +310,10 @@ impl Control {
             node_name: entry.disk.node().name().to_owned(),
             shutting_down: entry.export.is_shutting_down(),
             x_statistics: statistics(&entry.disk),
+            x_transport: entry.export.transport().map(|transport| match transport {
+                export::Transport::Device => BlockExportTransport::Device,
+                export::Transport::IoUring => BlockExportTransport::IoUring,
+            }),
         };
         Ok(self.exports.list.iter().rev().map(info).collect())
     }

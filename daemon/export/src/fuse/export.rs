@@ -4,10 +4,12 @@
 //! programs left in shared mappings; then the threads stop reading and finish what they read; with the last descriptor the
 //! connection ends, and whoever still has the file open gets `ENOTCONN`. One task of the control thread sees to it.
 
+use super::device::Device;
 use super::file::{File, FileOptions};
 use super::mounts::{Mounts, Place};
 use super::reply::Reply;
 use super::session::{self, End};
+use super::transport::{Rings, Transport};
 use super::wire::MAX_TRANSFER;
 use crate::{Closed, Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
@@ -86,7 +88,13 @@ impl FuseDriver {
             closing: closing.subscribe(),
             owner: (Uid::current().as_raw(), Gid::current().as_raw()),
         });
-        let export = Arc::new(FuseExport { id: params.id, disk: params.disk, closing, running: watch::Sender::new(0) });
+        let export = Arc::new(FuseExport {
+            id: params.id,
+            disk: params.disk,
+            closing,
+            running: watch::Sender::new(0),
+            rings: Arc::default(),
+        });
         match export.serve(mounted, Arc::new(file), &threads).await {
             Ok(()) => Ok(export),
             Err(error) => {
@@ -165,8 +173,50 @@ pub struct FuseExport {
     id: String,
     disk: Disk,
     closing: watch::Sender<bool>,
-    /// The tasks that are not done: one a thread, and the one that ends them.
+    /// The tasks that are not done: one or two a thread, and the one that ends them.
     running: watch::Sender<usize>,
+    rings: Arc<Rings>,
+}
+
+/// What the tasks of an export that serve it share. The export is not closed while one has it.
+pub(crate) struct Serving {
+    task: Task,
+    file: Arc<File>,
+    stop: watch::Receiver<bool>,
+    reason: watch::Sender<End>,
+}
+
+impl Clone for Serving {
+    fn clone(&self) -> Self {
+        let (file, stop, reason) = (self.file(), self.stop(), self.reason.clone());
+        Self { task: Task::new(&self.task.0), file, stop, reason }
+    }
+}
+
+impl Serving {
+    pub(crate) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
+    /// True when nothing more is to be served.
+    pub(crate) fn stop(&self) -> watch::Receiver<bool> {
+        self.stop.clone()
+    }
+
+    /// Where requests come over rings.
+    pub(crate) fn rings(&self) -> Arc<Rings> {
+        Arc::clone(&self.task.0.rings)
+    }
+
+    /// A task takes no more requests: without its having been told to, the export ends.
+    pub(crate) fn ended(&self, end: End) {
+        let export = &self.task.0;
+        if end != End::Stopped && !export.is_shutting_down() {
+            tracing::warn!(target: "fuse_ended", export = export.id, reason = ?end, "the mount of a FUSE export has gone");
+            self.reason.send_replace(end);
+            export.request_shutdown();
+        }
+    }
 }
 
 /// Counts a task of an export for as long as it lives.
@@ -201,6 +251,8 @@ impl FuseExport {
             let _ = resized.send(());
         }));
         let others = threads.len().saturating_sub(1);
+        let shared = |error| Error::io("Cannot share the FUSE device between threads", error);
+        let own = device.try_clone().map_err(shared)?;
         let devices = io::blocking(move || {
             let clones: std::io::Result<Vec<OwnedFd>> =
                 (0..others).map(|_| FuseDevice::clone_of(device.as_fd())).collect();
@@ -211,15 +263,16 @@ impl FuseExport {
         })
         .await
         .and_then(std::convert::identity)
-        .map_err(|error| Error::io("Cannot share the FUSE device between threads", error))?;
+        .map_err(shared)?;
+        let serving = Serving { task: Task::new(self), file, stop: stopping, reason: ended };
+        let transport = Transport::new(threads.to_vec(), own, serving.clone());
         for (thread, device) in threads.iter().zip(devices) {
-            let (task, file) = (Task::new(self), Arc::clone(&file));
-            let (stopping, ended) = (stopping.clone(), ended.clone());
+            let (serving, transport) = (serving.clone(), Arc::clone(&transport));
             let started = thread.spawn(move || async move {
                 match FuseDevice::new(device) {
                     Ok(device) => {
-                        let end = session::run(device, file, stopping).await;
-                        task.0.ended(end, &ended);
+                        let end = session::run(Device::new(device), serving.file(), &transport, serving.stop()).await;
+                        serving.ended(end);
                     }
                     Err(error) => {
                         tracing::warn!(target: "fuse_error", %error, "a thread cannot serve a FUSE export");
@@ -229,15 +282,6 @@ impl FuseExport {
             started.map_err(|error| Error::generic(format!("cannot use the I/O thread: {error}")))?;
         }
         Ok(())
-    }
-
-    /// A thread does not read any more: without its having been told to, the export ends.
-    fn ended(&self, end: End, reason: &watch::Sender<End>) {
-        if end != End::Stopped && !self.is_shutting_down() {
-            tracing::warn!(target: "fuse_ended", export = self.id, reason = ?end, "the mount of a FUSE export has gone");
-            reason.send_replace(end);
-            self.request_shutdown();
-        }
     }
 }
 
@@ -296,6 +340,10 @@ impl Export for FuseExport {
 
     fn disk(&self) -> &Disk {
         &self.disk
+    }
+
+    fn transport(&self) -> Option<crate::Transport> {
+        Some(self.rings.kind())
     }
 
     /// Nobody is known to use a file: an export is removed under those who have it open, as in the reference.

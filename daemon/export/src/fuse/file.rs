@@ -158,10 +158,12 @@ impl File {
         self.resize(sectors, true).await
     }
 
-    /// What the file has of the bytes from `at`, at most `len` of them.
-    pub(crate) async fn read(&self, at: u64, len: u32) -> IoResult<IoBuf> {
+    /// What the file has of the bytes from `at`, at most `len` of them: at the front of `room`, if there is any.
+    pub(crate) async fn read(&self, at: u64, len: u32, room: Option<IoBuf>) -> IoResult<IoBuf> {
         let len = u64::from(len).min(self.size().saturating_sub(at));
-        let buf = IoBuf::alloc(usize::try_from(len).map_err(|_| Errno::EINVAL)?);
+        let bytes = usize::try_from(len).map_err(|_| Errno::EINVAL)?;
+        let mut buf = room.unwrap_or_else(|| IoBuf::alloc(bytes));
+        buf.truncate(bytes);
         if len > 0 {
             self.disk().read(at, &buf).await?;
         }

@@ -173,8 +173,9 @@ impl Reply {
         this.sized(0)
     }
 
-    /// What is agreed on with the kernel; an error where it is too old, or speaks another language.
-    pub(crate) fn init(unique: u64, offered: &Init) -> Self {
+    /// What is agreed on with the kernel, with `more` flags besides those that are always wanted; an error where it is too
+    /// old, or speaks another language.
+    pub(crate) fn init(unique: u64, offered: &Init, more: u64) -> Self {
         if offered.major > MAJOR {
             // It asks once more, in this version.
             let mut this = Self::new(unique, 0);
@@ -186,7 +187,7 @@ impl Reply {
         if offered.major < MAJOR || offered.minor < OLDEST_MINOR {
             return Self::failed(unique, Errno::EPROTO);
         }
-        let flags = WANTED.intersection(InitFlags::from_bits_truncate(offered.flags)).bits();
+        let flags = WANTED.intersection(InitFlags::from_bits_truncate(offered.flags)).bits() | offered.flags & more;
         let [f0, f1, f2, f3, f4, f5, f6, f7] = flags.to_ne_bytes();
         let low_first = cfg!(target_endian = "little");
         let (a, b) = ([f0, f1, f2, f3], [f4, f5, f6, f7]);
@@ -221,6 +222,7 @@ impl Reply {
 
 #[cfg(test)]
 mod tests {
+    use super::super::wire::OVER_IO_URING;
     use super::*;
 
     #[test]
@@ -235,8 +237,8 @@ mod tests {
             (Reply::opened(1), 16),
             (Reply::attributes(1, &shown), 104),
             (Reply::file_system(1, 5), 80),
-            (Reply::init(1, &init), 64),
-            (Reply::init(1, &Init { major: 8, ..init }), 64),
+            (Reply::init(1, &init, 0), 64),
+            (Reply::init(1, &Init { major: 8, ..init }, 0), 64),
             (Reply::attributes_changed(), 24),
         ] {
             assert_eq!(reply.bytes().len(), OUT_HEADER + body, "{reply:?}");
@@ -248,11 +250,15 @@ mod tests {
     #[test]
     fn only_what_is_offered_is_asked_for() {
         let old = Init { major: 7, minor: 31, max_readahead: 0, flags: 1 };
-        let reply = Reply::init(9, &old);
+        let reply = Reply::init(9, &old, OVER_IO_URING);
         assert_eq!(reply.bytes()[20..24], 31u32.to_ne_bytes());
         assert_eq!(reply.bytes()[28..32], 1u32.to_ne_bytes());
-        assert_eq!(Reply::init(9, &Init { minor: 22, ..old }), Reply::failed(9, Errno::EPROTO));
-        assert_eq!(Reply::init(9, &Init { major: 6, ..old }), Reply::failed(9, Errno::EPROTO));
+        assert_eq!(reply.bytes()[48..52], 0u32.to_ne_bytes());
+        let new = Init { minor: 45, flags: u64::MAX, ..old };
+        let upper = |more| u32::from_ne_bytes(*Reply::init(9, &new, more).bytes()[48..].first_chunk().unwrap());
+        assert_eq!((upper(0) >> 9 & 1, upper(OVER_IO_URING) >> 9 & 1), (0, 1));
+        assert_eq!(Reply::init(9, &Init { minor: 22, ..old }, 0), Reply::failed(9, Errno::EPROTO));
+        assert_eq!(Reply::init(9, &Init { major: 6, ..old }, 0), Reply::failed(9, Errno::EPROTO));
     }
 
     #[test]

@@ -90,7 +90,25 @@ pub(crate) fn parse(head: &[u8], received: usize) -> Option<Request> {
     }
     let body = Fields(head.get(IN_HEADER..received.min(head.len()))?);
     let data = received.saturating_sub(IN_HEADER + WRITE_IN);
-    let operation = match opcode {
+    Some(Request { unique, operation: operation(opcode, &body, data) })
+}
+
+/// Reads a request that came in parts: its header, what is fixed of its kind and what lay there before, and `payload` more
+/// bytes elsewhere. None as for [`parse`].
+pub(crate) fn parse_parts(header: &[u8; IN_HEADER], fixed: &[u8], payload: usize) -> Option<Request> {
+    let header = Fields(header);
+    let (len, opcode, unique) = (header.u32(0)?, header.u32(4)?, header.u64(8)?);
+    let fixed_len = usize::try_from(len).ok()?.checked_sub(IN_HEADER)?.checked_sub(payload)?;
+    if unique == 0 {
+        return None;
+    }
+    let body = Fields(fixed.get(..fixed_len.min(fixed.len()))?);
+    Some(Request { unique, operation: operation(opcode, &body, payload) })
+}
+
+/// What `opcode` asks for with `body`, after which `data` bytes follow if it is a write.
+fn operation(opcode: u32, body: &Fields<'_>, data: usize) -> Result<Operation, Errno> {
+    match opcode {
         opcode::FORGET | opcode::BATCH_FORGET => Ok(Operation::Forget),
         opcode::LOOKUP => Ok(Operation::Lookup),
         opcode::GETATTR => Ok(Operation::GetAttributes),
@@ -99,16 +117,15 @@ pub(crate) fn parse(head: &[u8], received: usize) -> Option<Request> {
         opcode::RELEASE => Ok(Operation::Release),
         opcode::FSYNC | opcode::FLUSH => Ok(Operation::Sync),
         opcode::DESTROY => Ok(Operation::Destroy),
-        opcode::INIT => init(&body).ok_or(Errno::EINVAL),
-        opcode::SETATTR => attributes(&body).unwrap_or(Err(Errno::EINVAL)),
-        opcode::READ => read(&body).ok_or(Errno::EINVAL),
-        opcode::WRITE => write(&body, data).ok_or(Errno::EINVAL),
-        opcode::FALLOCATE => allocate(&body).ok_or(Errno::EINVAL),
-        opcode::LSEEK => seek(&body).ok_or(Errno::EINVAL),
+        opcode::INIT => init(body).ok_or(Errno::EINVAL),
+        opcode::SETATTR => attributes(body).unwrap_or(Err(Errno::EINVAL)),
+        opcode::READ => read(body).ok_or(Errno::EINVAL),
+        opcode::WRITE => write(body, data).ok_or(Errno::EINVAL),
+        opcode::FALLOCATE => allocate(body).ok_or(Errno::EINVAL),
+        opcode::LSEEK => seek(body).ok_or(Errno::EINVAL),
         // The kernel then does without: an interrupted request simply goes on to its end.
         _ => Err(Errno::ENOSYS),
-    };
-    Some(Request { unique, operation })
+    }
 }
 
 fn init(body: &Fields<'_>) -> Option<Operation> {
@@ -202,6 +219,24 @@ pub(super) mod tests {
         assert!(parse(&[], 0).is_none());
         let unasked = raw(opcode::GETATTR, 0, &[0; 16]);
         assert!(parse(&unasked, unasked.len()).is_none(), "a reply to number 0 would be a notification");
+    }
+
+    #[test]
+    fn parts_are_read_like_a_whole() {
+        let whole = raw(opcode::WRITE, 7, &[span_body(512, 3), b"abc".to_vec()].concat());
+        let header = whole.first_chunk().unwrap();
+        let mut fixed = whole[IN_HEADER..IN_HEADER + WRITE_IN].to_vec();
+        fixed.extend([0xee; 88]);
+        let expected = Request { unique: 7, operation: Ok(Operation::Write { at: 512, len: 3 }) };
+        assert_eq!(parse_parts(header, &fixed, 3), Some(expected));
+        let lies = Request { operation: Err(Errno::EINVAL), ..expected };
+        assert_eq!(parse_parts(header, &fixed, 2), Some(lies), "the data are not as many as it says");
+        assert_eq!(parse_parts(header, &fixed, 44), None, "more payload than the request has bytes");
+        let short = raw(opcode::READ, 7, &[0; 8]);
+        let found = parse_parts(short.first_chunk().unwrap(), &fixed, 0);
+        assert_eq!(found, Some(lies), "what was there before is not looked at");
+        let unasked = raw(opcode::GETATTR, 0, &[]);
+        assert_eq!(parse_parts(unasked.first_chunk().unwrap(), &fixed, 0), None);
     }
 
     #[test]

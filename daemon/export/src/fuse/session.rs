@@ -1,17 +1,16 @@
 //! [`run`]: one thread of an export, its requests in flight and their replies.
 //!
-//! The task reads requests until there are none, starts each where it found it, replies to those that need not wait at once,
-//! and only then sleeps. A request that was read is always served and replied to, so memory is bounded by reading only while
-//! those in flight hold less than [`MAX_BYTES`] and are fewer than [`MAX_SLOTS`].
+//! The task takes requests until there are none, starts each where it found it, replies to those that need not wait at once,
+//! and only then sleeps. A request that was taken is always served and replied to, so memory is bounded by taking only while
+//! those in flight hold less than [`MAX_BYTES`] and are fewer than [`MAX_SLOTS`]. Where requests come from is a [`Source`].
 
 use super::file::File;
 use super::reply::Reply;
-use super::request::{HEAD, Operation, Request, parse};
-use super::wire::{IN_HEADER, MAX_TRANSFER, WRITE_IN};
+use super::request::{Init, Operation, Request};
 use crate::slots::Slots;
 use block::{Errno, IoResult};
 use buf::IoBuf;
-use io::FuseDevice;
+use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -22,12 +21,10 @@ use crate::slots::MAX_SLOTS;
 
 /// The bytes that the requests in flight of one thread may hold, beyond that of the last one.
 const MAX_BYTES: usize = 32 << 20;
-/// Data of a write up to this length are copied, so that the large buffer serves for the next request, and stays warm.
-const COPY_UP_TO: usize = 16 << 10;
-/// Requests that are read before others on the thread have a turn.
+/// Requests that are taken before others on the thread have a turn.
 const BUDGET: usize = 64;
 
-/// Why a thread does not read any more.
+/// Why a thread takes no more requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     /// It was told to stop.
@@ -38,44 +35,87 @@ pub(crate) enum End {
     Aborted,
 }
 
-/// What goes to the kernel, and the bytes that are free with it.
-struct Done {
-    unique: u64,
-    answer: IoResult<Answer>,
-    cost: usize,
+/// A request as it came.
+pub(crate) struct Incoming<T> {
+    pub request: Request,
+    /// The data of a write; where those of a read are to be put, if not anywhere.
+    pub room: Option<IoBuf>,
+    /// Bytes of memory that it holds of those that the thread may have.
+    pub cost: usize,
+    /// What the source knows it by.
+    pub ticket: T,
+}
+
+/// Where requests come from and replies go to.
+pub(crate) trait Source {
+    type Ticket;
+
+    /// The next request; none if what came was none.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Incoming<Self::Ticket>>, End>>;
+
+    /// Replies to a request, at the latest with the next [`flush`](Self::flush) or when there are no more requests.
+    fn reply(&mut self, ticket: Self::Ticket, unique: u64, answer: IoResult<Answer>);
+
+    /// Gives the kernel what it has not been given yet.
+    fn flush(&mut self);
 }
 
 /// What a request brought.
-enum Answer {
+pub(crate) enum Answer {
     Reply(Reply),
     Data(IoBuf),
     /// The kernel wants to hear nothing.
     Nothing,
+    /// A reply, and what is to be done when the kernel has taken it.
+    Then(Reply, Box<dyn FnOnce()>),
 }
 
-/// Serves `file` on `device` until `stop` is true or the mount has ended. Requests that were read are replied to before
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reply(reply) | Self::Then(reply, _) => reply.fmt(f),
+            Self::Data(data) => write!(f, "{} bytes", data.len()),
+            Self::Nothing => f.write_str("nothing"),
+        }
+    }
+}
+
+/// Answers the kernel's first request, with which it is agreed on how further ones come.
+pub(crate) trait Greet {
+    async fn greet(&self, unique: u64, offered: &Init) -> Answer;
+}
+
+/// What goes to the kernel, and the bytes that are free with it.
+struct Done<T> {
+    unique: u64,
+    answer: IoResult<Answer>,
+    cost: usize,
+    ticket: T,
+}
+
+/// Serves `file` on `source` until `stop` is true or the source ends. Requests that were taken are replied to before
 /// it ends.
-pub(crate) async fn run(device: FuseDevice, file: Arc<File>, mut stop: watch::Receiver<bool>) -> End {
-    let start = |request: Request, data: Option<IoBuf>, cost: usize| {
+pub(crate) async fn run<S: Source>(
+    source: S,
+    file: Arc<File>,
+    greet: &impl Greet,
+    mut stop: watch::Receiver<bool>,
+) -> End {
+    let start = |incoming: Incoming<S::Ticket>| {
         let file = &file;
         async move {
-            let unique = request.unique;
-            let answer = match request.operation {
-                Ok(operation) => serve(file, unique, operation, data).await,
+            let Incoming { request: Request { unique, operation }, room, cost, ticket } = incoming;
+            let answer = match operation {
+                Ok(operation) => serve(file, greet, unique, operation, room).await,
                 Err(errno) => Err(errno),
             };
-            Done { unique, answer, cost }
+            if let Err(errno) = &answer {
+                tracing::debug!(target: "fuse_error", unique, %errno);
+            }
+            Done { unique, answer, cost, ticket }
         }
     };
-    let mut session = Session {
-        device: &device,
-        head: IoBuf::alloc(IN_HEADER + WRITE_IN),
-        body: IoBuf::alloc(body_len()),
-        slots: Slots::new(),
-        bytes: 0,
-        end: None,
-        start,
-    };
+    let mut session = Session { source, slots: Slots::new(), bytes: 0, end: None, start };
     let mut stopped = pin!(async move {
         // An error says that the export is gone.
         let _ = stop.wait_for(|stop| *stop).await;
@@ -91,39 +131,34 @@ pub(crate) async fn run(device: FuseDevice, file: Arc<File>, mut stop: watch::Re
         {
             session.end = Some(End::Stopped);
         }
-        session.poll(cx)
+        let polled = session.poll(cx);
+        session.source.flush();
+        polled
     })
     .await
 }
 
-/// The kernel wants room for the longest write whatever it sends.
-fn body_len() -> usize {
-    usize::try_from(MAX_TRANSFER).unwrap_or(usize::MAX)
-}
-
-struct Session<'a, F, S> {
-    device: &'a FuseDevice,
-    /// Where the fixed part of a write goes, so that its data are aligned in `body`; and the front of everything else.
-    head: IoBuf,
-    body: IoBuf,
+struct Session<S, F, B> {
+    source: S,
     slots: Slots<F>,
     /// Bytes that requests in flight hold.
     bytes: usize,
     end: Option<End>,
-    start: S,
+    start: B,
 }
 
-impl<F, S> Session<'_, F, S>
+impl<S, F, B> Session<S, F, B>
 where
-    F: Future<Output = Done>,
-    S: Fn(Request, Option<IoBuf>, usize) -> F,
+    S: Source,
+    F: Future<Output = Done<S::Ticket>>,
+    B: Fn(Incoming<S::Ticket>) -> F,
 {
-    /// Does what can be done now. Ready when nothing more is read and all requests have ended.
+    /// Does what can be done now. Ready when nothing more is taken and all requests have ended.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        let Self { slots, bytes, device, .. } = self;
+        let Self { slots, bytes, source, .. } = self;
         slots.poll_woken(|done| {
             *bytes = bytes.saturating_sub(done.cost);
-            send(device, done);
+            source.reply(done.ticket, done.unique, done.answer);
         });
         for _ in 0..BUDGET {
             if let Some(end) = self.end {
@@ -133,98 +168,49 @@ where
             if self.slots.is_full() || self.bytes >= MAX_BYTES {
                 return Poll::Pending;
             }
-            match std::task::ready!(self.device.poll_receive(cx, &[&self.head, &self.body])) {
-                Ok(received) => self.take(received),
-                // Its caller gave up meanwhile.
-                Err(Errno::ENOENT) => {}
-                Err(Errno::ECONNABORTED) => self.end = Some(End::Aborted),
-                Err(_) => self.end = Some(End::Unmounted),
+            match std::task::ready!(self.source.poll_next(cx)) {
+                Ok(Some(incoming)) => self.take(incoming),
+                Ok(None) => {}
+                Err(end) => self.end = Some(end),
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// Starts the request that lies in the buffers.
-    fn take(&mut self, received: usize) {
-        let mut raw = [0; HEAD];
-        let front = self.head.read_at(0, &mut raw);
-        self.body.read_at(0, raw.get_mut(front..).unwrap_or_default());
-        let Some(request) = parse(raw.get(..received.min(HEAD)).unwrap_or_default(), received) else {
-            tracing::warn!(target: "fuse_malformed", received, "a FUSE request makes no sense, and is left without a reply");
-            return;
-        };
-        tracing::trace!(target: "fuse_request", unique = request.unique, operation = ?request.operation);
-        let (data, cost) = match request.operation {
-            Ok(Operation::Write { len, .. }) => {
-                let len = usize::try_from(len).unwrap_or(usize::MAX);
-                let (data, held) = self.data(len);
-                (Some(data), held)
-            }
-            Ok(Operation::Read { len, .. }) => (None, usize::try_from(len).unwrap_or(usize::MAX)),
-            _ => (None, 0),
-        };
-        match self.slots.start((self.start)(request, data, cost)) {
-            Some(done) => send(self.device, done),
+    fn take(&mut self, incoming: Incoming<S::Ticket>) {
+        let Request { unique, operation } = &incoming.request;
+        tracing::trace!(target: "fuse_request", unique, ?operation);
+        let cost = incoming.cost;
+        match self.slots.start((self.start)(incoming)) {
+            Some(done) => self.source.reply(done.ticket, done.unique, done.answer),
             None => self.bytes += cost,
-        }
-    }
-
-    /// The data of a write, and the bytes of memory that they hold.
-    fn data(&mut self, len: usize) -> (IoBuf, usize) {
-        if len <= COPY_UP_TO {
-            let copy = IoBuf::alloc(len);
-            copy.copy_from(0, &self.body.slice(0, len));
-            return (copy, len);
-        }
-        let mut whole = std::mem::replace(&mut self.body, IoBuf::alloc(body_len()));
-        whole.truncate(len);
-        (whole, body_len())
-    }
-}
-
-/// Replies.
-fn send(device: &FuseDevice, done: Done) {
-    let Done { unique, answer, .. } = done;
-    let sent = match answer {
-        Ok(Answer::Reply(reply)) => device.reply(reply.bytes(), None),
-        Ok(Answer::Data(data)) => device.reply(Reply::data(unique, data.len()).bytes(), Some(&data)),
-        Ok(Answer::Nothing) => Ok(()),
-        Err(errno) => {
-            tracing::debug!(target: "fuse_error", unique, %errno);
-            device.reply(Reply::failed(unique, errno).bytes(), None)
-        }
-    };
-    match sent {
-        // Nobody waits for it any more, or the mount is gone.
-        Ok(()) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED | Errno::EPERM) => {}
-        Err(errno) => {
-            tracing::warn!(target: "fuse_reply_refused", unique, %errno, "the kernel refuses a FUSE reply");
-            // Whoever waits shall not wait for ever.
-            let _ = device.reply(Reply::failed(unique, Errno::EIO).bytes(), None);
         }
     }
 }
 
 /// Serves one request. Reads and writes are the hot path and wait in place; the rest is boxed, so that the future of
 /// a request stays small.
-async fn serve(file: &File, unique: u64, operation: Operation, data: Option<IoBuf>) -> IoResult<Answer> {
+async fn serve(
+    file: &File,
+    greet: &impl Greet,
+    unique: u64,
+    operation: Operation,
+    room: Option<IoBuf>,
+) -> IoResult<Answer> {
     match operation {
-        Operation::Read { at, len } => file.read(at, len).await.map(Answer::Data),
+        Operation::Read { at, len } => file.read(at, len, room).await.map(Answer::Data),
         Operation::Write { at, .. } => {
-            let data = data.ok_or(Errno::EINVAL)?;
+            let data = room.ok_or(Errno::EINVAL)?;
             file.write(at, data).await.map(|len| Answer::Reply(Reply::written(unique, len)))
         }
+        Operation::Init(offered) => Ok(Box::pin(greet.greet(unique, &offered)).await),
         other => Box::pin(rare(file, unique, other)).await,
     }
 }
 
 async fn rare(file: &File, unique: u64, operation: Operation) -> IoResult<Answer> {
     let reply = match operation {
-        Operation::Init(offered) => {
-            tracing::debug!(target: "fuse_init", ?offered);
-            Reply::init(unique, &offered)
-        }
         // There are no names in a file.
         Operation::Lookup => return Err(Errno::ENOENT),
         Operation::Forget | Operation::Destroy => return Ok(Answer::Nothing),
@@ -245,7 +231,7 @@ async fn rare(file: &File, unique: u64, operation: Operation) -> IoResult<Answer
             Reply::done(unique)
         }
         Operation::Seek { at, whence } => Reply::found(unique, file.seek(at, whence).await?),
-        Operation::Read { .. } | Operation::Write { .. } => return Err(Errno::EIO),
+        Operation::Init(_) | Operation::Read { .. } | Operation::Write { .. } => return Err(Errno::EIO),
     };
     Ok(Answer::Reply(reply))
 }

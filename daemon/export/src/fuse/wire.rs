@@ -4,10 +4,13 @@
 
 /// The version of the protocol that replies are written in.
 pub(crate) const MAJOR: u32 = 7;
-/// The newest minor version of which something is used (`FUSE_DIRECT_IO_ALLOW_MMAP`).
-pub(crate) const MINOR: u32 = 39;
+/// The newest minor version of which something is used (`FUSE_OVER_IO_URING`).
+pub(crate) const MINOR: u32 = 42;
 /// The oldest one whose reply to INIT has the present layout (Linux 3.15).
 pub(crate) const OLDEST_MINOR: u32 = 23;
+
+/// Requests may come over io_uring; a flag of INIT.
+pub(crate) const OVER_IO_URING: u64 = fuser::InitFlags::FUSE_OVER_IO_URING.bits();
 
 /// The number of the only inode.
 pub(crate) const ROOT: u64 = 1;

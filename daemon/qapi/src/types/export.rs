@@ -264,6 +264,16 @@ pub struct BlockExportDeleted {
     pub id: String,
 }
 
+/// How the requests of an export come from the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Qapi)]
+#[qapi(since = "10.0")]
+pub enum BlockExportTransport {
+    /// They are read from a device.
+    Device,
+    /// The kernel sends them over an io_uring.
+    IoUring,
+}
+
 /// An export.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(since = "5.2")]
@@ -280,6 +290,9 @@ pub struct BlockExportInfo {
     /// What its clients did.
     #[qapi(unstable)]
     pub x_statistics: BlockExportStatistics,
+    /// How requests come from the kernel, where it has more than one way.
+    #[qapi(unstable)]
+    pub x_transport: Option<BlockExportTransport>,
 }
 
 /// Lists the exports.
