@@ -19,6 +19,9 @@ use std::task::{Context, Poll, Waker};
 
 /// Results that are told together at most: the first of them waits for the last.
 const BATCH: usize = 16;
+/// Bytes after which results are told: to write them takes longer than to tell, and whoever waits can bring the next ones
+/// meanwhile.
+const BATCH_BYTES: usize = 128 << 10;
 
 /// The queue of one file.
 #[derive(Default)]
@@ -85,6 +88,7 @@ impl Writer {
     /// Writes until the queue is empty.
     fn work(&self, fd: &Fd) {
         let mut done = Vec::with_capacity(BATCH);
+        let mut bytes = 0;
         loop {
             let next = {
                 let mut queue = lock(&self.queue);
@@ -95,13 +99,16 @@ impl Writer {
             };
             let last = next.is_none();
             if let Some(Job { request, slot, mailbox }) = next {
-                done.push((slot, mailbox, request.run(fd)));
+                let result = request.run(fd);
+                bytes += result.unwrap_or(0);
+                done.push((slot, mailbox, result));
             }
-            if done.len() >= BATCH || last {
+            if done.len() >= BATCH || bytes >= BATCH_BYTES || last {
                 if done.is_empty() {
                     return;
                 }
                 tell(done.drain(..));
+                bytes = 0;
             }
         }
     }
