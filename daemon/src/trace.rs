@@ -29,7 +29,10 @@ pub const EVENTS: &[(&str, &str)] = &[
     ("fuse_malformed", "a FUSE request makes no sense (always shown)"),
     ("fuse_reply_refused", "the kernel refuses the reply to a FUSE request (always shown)"),
     ("fuse_request", "a request of a FUSE export begins"),
-    ("fuse_transport", "requests of a FUSE export come over io_uring, or why they do not although the kernel offers it"),
+    (
+        "fuse_transport",
+        "requests of a FUSE export come over io_uring, or why they do not although the kernel offers it",
+    ),
     ("monitor_client_closed", "a conversation with a QMP client has ended, and why if it broke"),
     ("monitor_client_opened", "a QMP client has connected"),
     ("monitor_client_too_slow", "a QMP client is disconnected because it does not read its events (always shown)"),

@@ -94,10 +94,7 @@ fn over_rings() -> bool {
 /// Whether an error says that the export of an open file has gone. Over io_uring a request that comes in the moment of the end
 /// is ended as aborted or cancelled.
 fn says_gone(error: &std::io::Error) -> bool {
-    let known: &[Errno] = if over_rings() {
-        &[Errno::ENOTCONN, Errno::ECONNABORTED, Errno::ECANCELED]
-    } else {
-        &[Errno::ENOTCONN]
-    };
+    let known: &[Errno] =
+        if over_rings() { &[Errno::ENOTCONN, Errno::ECONNABORTED, Errno::ECANCELED] } else { &[Errno::ENOTCONN] };
     error.raw_os_error().is_some_and(|number| known.contains(&Errno::from_raw(number)))
 }

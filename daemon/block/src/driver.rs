@@ -88,6 +88,8 @@ pub struct Facts {
     pub discard: Support,
     /// [`Driver::write_compressed`] exists, and takes runs of this many bytes; 0 where it does not. A power of two.
     pub compressed_unit: u32,
+    /// Whatever happens to it, [`Driver::map`] calls all its bytes allocated: none ever shows through from another layer.
+    pub complete: bool,
 }
 
 impl Default for Facts {
@@ -105,6 +107,7 @@ impl Default for Facts {
             zero: Support::None,
             discard: Support::None,
             compressed_unit: 0,
+            complete: false,
         }
     }
 }

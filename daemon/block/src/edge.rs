@@ -122,6 +122,12 @@ impl Edge {
         self.child.load().size()
     }
 
+    /// [`Node::is_complete`] of the child.
+    #[inline]
+    pub fn is_complete(&self) -> bool {
+        self.child.load().is_complete()
+    }
+
     /// [`Node::raise`] on the child.
     #[inline]
     pub fn raise(&self, event: BlkdebugEvent) {

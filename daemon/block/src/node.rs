@@ -168,6 +168,12 @@ impl Node {
         self.facts.load_full()
     }
 
+    /// [`Facts::complete`], for the path of a request.
+    #[inline]
+    pub fn is_complete(&self) -> bool {
+        self.facts.load().complete
+    }
+
     /// Length in bytes.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)

@@ -6,7 +6,7 @@
 
 use crate::filter::{self, len_of};
 use block::driver::Prealloc;
-use block::overlap::Overlap;
+use block::overlap::{Overlap, Reservation};
 use block::perm::Bits;
 use block::reservation::Reservations;
 use block::status::{self, Status};
@@ -61,6 +61,32 @@ fn depth_of(top: Arc<Node>, bottom: &Arc<Node>) -> Option<u32> {
 }
 
 impl CopyOnRead {
+    /// Nothing is ever copied while the child is what it is, so nothing has to be kept apart from copies either. The child
+    /// only changes while no request is under way here.
+    #[inline]
+    fn is_idle(&self) -> bool {
+        self.file.is_complete()
+    }
+
+    /// Keeps a change apart from copies.
+    async fn reserve(&self, span: Span) -> Option<Reservation<'_>> {
+        if self.is_idle() { None } else { Some(self.overlap.reserve(span, false).await) }
+    }
+
+    async fn read_copying(&self, at: u64, buf: &IoBuf) -> IoResult {
+        let len = len_of(buf);
+        let mut done = 0;
+        while done < len {
+            let rest = buf.slice(usize::try_from(done).unwrap_or(usize::MAX), buf.len());
+            let Ok(found) = status::layer(&self.file.node(), Span::new(at + done, len - done)).await else {
+                // Nobody can tell what to copy: the data are there all the same.
+                return self.file.read(at + done, &rest).await;
+            };
+            done += self.read_part(at + done, &rest, found).await?;
+        }
+        Ok(())
+    }
+
     fn is_wanted(&self, found: &Status) -> bool {
         match &self.bottom {
             None => found.depth != 1,
@@ -101,7 +127,8 @@ impl Driver for CopyOnRead {
     }
 
     fn facts(&self) -> Facts {
-        Facts { compressed_unit: self.file.facts().compressed_unit, ..filter::facts(&self.file) }
+        let child = self.file.facts();
+        Facts { compressed_unit: child.compressed_unit, complete: child.complete, ..filter::facts(&self.file) }
     }
 
     fn filename(&self) -> String {
@@ -114,26 +141,16 @@ impl Driver for CopyOnRead {
     }
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
-        let len = len_of(buf);
-        let mut done = 0;
-        while done < len {
-            let rest = buf.slice(usize::try_from(done).unwrap_or(usize::MAX), buf.len());
-            let Ok(found) = status::layer(&self.file.node(), Span::new(at + done, len - done)).await else {
-                // Nobody can tell what to copy: the data are there all the same.
-                return self.file.read(at + done, &rest).await;
-            };
-            done += self.read_part(at + done, &rest, found).await?;
-        }
-        Ok(())
+        if self.is_idle() { self.file.read(at, buf).await } else { Box::pin(self.read_copying(at, buf)).await }
     }
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
-        let _held = self.overlap.reserve(Span::new(at, len_of(buf)), false).await;
+        let _held = self.reserve(Span::new(at, len_of(buf))).await;
         self.file.write(at, buf, flags).await
     }
 
     async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
-        let _held = self.overlap.reserve(Span::new(at, len_of(buf)), false).await;
+        let _held = self.reserve(Span::new(at, len_of(buf))).await;
         self.file.write_compressed(at, buf).await
     }
 
@@ -142,12 +159,12 @@ impl Driver for CopyOnRead {
     }
 
     async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
-        let _held = self.overlap.reserve(span, false).await;
+        let _held = self.reserve(span).await;
         self.file.zero(span, flags).await
     }
 
     async fn discard(&self, span: Span) -> IoResult {
-        let _held = self.overlap.reserve(span, false).await;
+        let _held = self.reserve(span).await;
         self.file.discard(span).await
     }
 

@@ -255,6 +255,7 @@ impl Driver for FileDriver {
             fua: native(!is_char),
             zero: native(zero),
             discard: native(!is_char && !matches!(self.medium, Medium::Drive) && can(&self.able.discard)),
+            complete: true,
             ..Facts::default()
         }
     }

@@ -17,8 +17,9 @@ pub fn facts(child: &Edge) -> Facts {
         zero_align: 1,
         discard: below.discard,
         discard_align: 1,
-        // Each filter says by itself whether it passes them on.
+        // Each filter says by itself whether it passes on what these are about.
         compressed_unit: 0,
+        complete: false,
         ..(*below).clone()
     }
 }

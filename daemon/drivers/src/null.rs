@@ -53,7 +53,13 @@ impl Driver for Null {
 
     fn facts(&self) -> Facts {
         // Zeroes and discards are as much nothing as writes are.
-        Facts { fua: Support::Native, zero: Support::Native, discard: Support::Native, ..Facts::default() }
+        Facts {
+            fua: Support::Native,
+            zero: Support::Native,
+            discard: Support::Native,
+            complete: true,
+            ..Facts::default()
+        }
     }
 
     fn filename(&self) -> String {

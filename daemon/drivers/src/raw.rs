@@ -147,7 +147,8 @@ impl Driver for Raw {
         let child = self.file.facts();
         // An offset off the child's units would make what is aligned here unaligned there; the child's node copes.
         let aligned = self.window().offset.is_multiple_of(u64::from(child.request_align));
-        Facts { request_align: if aligned { child.request_align } else { 1 }, ..filter::facts(&self.file) }
+        let request_align = if aligned { child.request_align } else { 1 };
+        Facts { request_align, complete: child.complete, ..filter::facts(&self.file) }
     }
 
     fn filename(&self) -> String {

@@ -69,13 +69,25 @@ impl Prepared for Waiting<'_> {
     }
 }
 
+impl Throttle {
+    /// Waits until a request may go. Without a limit that is at once, and costs a look.
+    async fn pass(&self, direction: Direction, bytes: u64) {
+        if self.member.load().is_limited(direction) {
+            let member = self.member.load_full();
+            // Boxed, so that requests without a limit do not carry the room for it.
+            Box::pin(async move { member.pass(direction, bytes).await }).await;
+        }
+    }
+}
+
 impl Driver for Throttle {
     fn name(&self) -> &'static str {
         "throttle"
     }
 
     fn facts(&self) -> Facts {
-        Facts { compressed_unit: self.file.facts().compressed_unit, ..filter::facts(&self.file) }
+        let child = self.file.facts();
+        Facts { compressed_unit: child.compressed_unit, complete: child.complete, ..filter::facts(&self.file) }
     }
 
     fn filename(&self) -> String {
@@ -88,17 +100,17 @@ impl Driver for Throttle {
     }
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
-        self.member.load_full().pass(Direction::Read, len_of(buf)).await;
+        self.pass(Direction::Read, len_of(buf)).await;
         self.file.read(at, buf).await
     }
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {
-        self.member.load_full().pass(Direction::Write, len_of(buf)).await;
+        self.pass(Direction::Write, len_of(buf)).await;
         self.file.write(at, buf, flags).await
     }
 
     async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
-        self.member.load_full().pass(Direction::Write, len_of(buf)).await;
+        self.pass(Direction::Write, len_of(buf)).await;
         self.file.write_compressed(at, buf).await
     }
 
@@ -107,12 +119,12 @@ impl Driver for Throttle {
     }
 
     async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
-        self.member.load_full().pass(Direction::Write, span.len).await;
+        self.pass(Direction::Write, span.len).await;
         self.file.zero(span, flags).await
     }
 
     async fn discard(&self, span: Span) -> IoResult {
-        self.member.load_full().pass(Direction::Write, span.len).await;
+        self.pass(Direction::Write, span.len).await;
         self.file.discard(span).await
     }
 

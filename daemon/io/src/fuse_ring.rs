@@ -138,7 +138,8 @@ fn possible_processors() -> io::Result<u16> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let unknown = || io::Error::other(format!("the list of processors is not understood: {}", text.trim()));
     // Ranges, the last of which has the highest number.
-    let last = text.trim().rsplit([',', '-']).next().and_then(|number| number.parse::<u16>().ok()).ok_or_else(unknown)?;
+    let last =
+        text.trim().rsplit([',', '-']).next().and_then(|number| number.parse::<u16>().ok()).ok_or_else(unknown)?;
     last.checked_add(1).ok_or_else(unknown)
 }
 

@@ -14,10 +14,10 @@ use export::{Export, ExportDriver, ExportParams, Resize, Resized};
 use io::IoThread;
 use io::socket;
 use qapi::types::export::{
-    BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOnError, BlockExportOptions, BlockExportTransport,
-    BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportStatistics, BlockExportType,
-    BlockExportVariant, FuseExportAllowOther, NbdServerAddOptions, NbdServerOptions, NbdServerOptionsLegacy,
-    NbdServerRemove, NbdServerStop, QueryBlockExports, XBlockExportResume,
+    BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOnError, BlockExportOptions,
+    BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportStatistics,
+    BlockExportTransport, BlockExportType, BlockExportVariant, FuseExportAllowOther, NbdServerAddOptions,
+    NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove, NbdServerStop, QueryBlockExports, XBlockExportResume,
 };
 use qapi::types::sockets::SocketAddressVariant;
 use qapi::{Error, Result, Variants};

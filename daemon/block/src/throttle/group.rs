@@ -264,10 +264,16 @@ impl Member {
         &self.group
     }
 
+    /// Whether requests of a direction have a limit, and are not free to go.
+    #[inline]
+    pub fn is_limited(&self, direction: Direction) -> bool {
+        let limited = self.group.limited.get(direction.index());
+        limited.is_some_and(|limited| limited.load(Ordering::Acquire))
+    }
+
     /// Waits until a request of `bytes` bytes may go, and counts it.
     pub async fn pass(&self, direction: Direction, bytes: u64) {
-        let limited = self.group.limited.get(direction.index());
-        if limited.is_some_and(|limited| limited.load(Ordering::Acquire)) {
+        if self.is_limited(direction) {
             Wait { member: self, direction, bytes, ticket: None, sleep: None }.await;
         }
     }
