@@ -4,10 +4,46 @@
 What a guest's kernel would do for one SCSI command at a time; so a real QEMU's SCSI disks can be asked where booting a
 guest takes too long. [virtio 1.2 §4.2 MMIO, §5.6 SCSI host device]
 """
-import socket, struct, time
+import os, socket, struct, subprocess, time
+from pr_client import *
 
 DESC, AVAIL, USED, BUF = 0x10000, 0x11000, 0x12000, 0x20000
 SIZE = 8
+
+
+class Guest:
+    """A QEMU with the SCSI disk `device`, whose reservations go to the helper at `helper`; `run` goes in front of it."""
+    def __init__(self, device, helper, run=(), **more):
+        path = "/tmp/qt"
+        self.qemu = subprocess.Popen([
+            *run, "qemu-system-x86_64", "-M", "microvm", "-S", "-m", "64", "-nodefaults", "-no-user-config",
+            "-display", "none", "-global", "virtio-mmio.force-legacy=false",
+            "-qtest", "unix:%s,server=on,wait=off" % path, "-qtest-log", "none",
+            "-object", "pr-manager-helper,id=pr0,path=" + helper, "-device", "virtio-scsi-device",
+            "-blockdev", "driver=raw,node-name=d,file.driver=host_device,file.filename=%s,file.pr-manager=pr0" % device,
+            "-device", "scsi-block,drive=d"], **more)
+        while True:
+            try:
+                self.disk = VirtioScsi(path)
+                break
+            except (FileNotFoundError, ConnectionRefusedError):     # not there, or not yet listening
+                assert self.qemu.poll() is None
+                time.sleep(.1)
+        self.inquiry = self.disk.command(b"\x12\0\0\0\x24\0", size=36)
+        while self.disk.command(bytes(6))[0] == CHECK:  # power-on attentions of QEMU and of the disk
+            pass
+
+    def pr_in(self, action, length=8192):
+        return self.disk.command(cdb_in(action, length)[:10], size=length)
+
+    def pr_out(self, action, key=0, new=0, typ=0, data=None):
+        data = param(key, new) if data is None else data
+        return self.disk.command(cdb_out(action, typ, len(data))[:10], out=data)
+
+    def keys(self):
+        status, sense, data = self.pr_in(KEYS)
+        size = struct.unpack(">I", data[4:8])[0] if status == GOOD else 0
+        return [k for (k,) in struct.iter_unpack(">Q", data[8:8 + size])] if status == GOOD else (status, sense_key(sense))
 
 
 class VirtioScsi:

@@ -10,35 +10,18 @@ install -d -o nobody -g nogroup /tmp/pr
 qemu-pr-helper -k /tmp/pr/s -u nobody -g nogroup & h=$!
 wait_for 10 test -S /tmp/pr/s || finish
 PYTHONPATH=/vm/lib python3 - $a $b <<'P'
-import os, signal, subprocess, sys, time
-from pr_client import *
-from virtio_scsi import VirtioScsi
+import os, sys
+from virtio_scsi import *
 a, b = sys.argv[1:]
 fb, bad = os.open(b, os.O_RDWR), 0
 def is_(text, got, want):
     global bad
     bad += got != want
     print("ok  " if got == want else "FAIL", text, "" if got == want else (got, want), flush=True)
-qemu = subprocess.Popen([
-    "qemu-system-x86_64", "-M", "microvm", "-S", "-m", "64", "-nodefaults", "-no-user-config", "-display", "none",
-    "-global", "virtio-mmio.force-legacy=false", "-qtest", "unix:/tmp/qt,server=on,wait=off", "-qtest-log", "none",
-    "-object", "pr-manager-helper,id=pr0,path=/tmp/pr/s", "-device", "virtio-scsi-device",
-    "-blockdev", "driver=raw,node-name=d,file.driver=host_device,file.filename=%s,file.pr-manager=pr0" % a,
-    "-device", "scsi-block,drive=d"])
-while not os.path.exists("/tmp/qt"):
-    assert qemu.poll() is None
-    time.sleep(.1)
-v = VirtioScsi("/tmp/qt")
-status, _, data = v.command(b"\x12\0\0\0\x24\0", size=36)
+guest = Guest(a, "/tmp/pr/s")
+v, pr_in, pr_out = guest.disk, guest.pr_in, guest.pr_out
+status, _, data = guest.inquiry
 is_("INQUIRY, past the helper", (status, data[8:16]), (GOOD, b"LIO-ORG "))
-while v.command(bytes(6))[0] == CHECK:  # power-on attentions of QEMU and of the disk
-    pass
-def pr_in(action, length=8192):
-    status, sense, data = v.command(cdb_in(action, length)[:10], size=length)
-    return status, sense, data
-def pr_out(action, key=0, new=0, typ=0, data=None):
-    data = param(key, new) if data is None else data
-    return v.command(cdb_out(action, typ, len(data))[:10], out=data)
 frames = Frames("/tmp/pr/s")
 is_("no keys", pr_in(KEYS)[2][4:8], bytes(4))
 is_("register", pr_out(REGISTER, 0, 0xA)[0], GOOD)
@@ -61,7 +44,7 @@ is_("the guest's key is gone", pr_out(RELEASE, 0xA, 0, 1)[0], CONFLICT)
 is_("frames client: clear", frames.clear(fb, 0xB)[0], None)
 pr_in(KEYS)
 is_("keys", pr_in(KEYS)[2][4:8], bytes(4))
-qemu.kill()
+guest.qemu.kill()
 print("%d failed" % bad)
 sys.exit(bad != 0)
 P
