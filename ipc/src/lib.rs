@@ -6,7 +6,8 @@
 //! speaks *frames* ([`frame`]): bincode messages with a length, request ids that overlap, typed actions and results.
 //!
 //! Both carry the same thing, SCSI persistent reservations, which [`scsi`] models once: service actions, parameter
-//! lists, parameter data, sense. [`fds`] passes descriptors, [`client`] is the blocking client of both protocols.
+//! lists, parameter data, sense. [`fds`] passes descriptors, [`client`] is the blocking client of both protocols. [`kernel`]
+//! is the same as Linux's own interface has it, which both sides use where it serves.
 //!
 //! Nothing here opens a device or decides who may do what: that is the helper's.
 #![forbid(unsafe_code)]
@@ -15,4 +16,5 @@ pub mod classic;
 pub mod client;
 pub mod fds;
 pub mod frame;
+pub mod kernel;
 pub mod scsi;

@@ -1,36 +1,16 @@
 //! Persistent reservations through the kernel's own interface, `<linux/pr.h>`: NVMe namespaces, which know no SCSI, and
 //! device-mapper maps, where the kernel registers on every path and undoes it if one refuses.
 //!
-//! The kernel passes a status but no sense, so the sense here is what a SCSI device would have said. It always asks for
-//! persistence through power loss (APTPL, NVMe PTPL), whatever the client asked for.
+//! The kernel always asks for persistence through power loss (APTPL, NVMe PTPL), whatever the client asked for.
 
 use crate::scsi_device::ioctl_error;
-use crate::sg_io::{self, PrCommand};
+use crate::sg_io;
 use ipc::classic::Reply;
-use ipc::scsi::{Action, Capabilities, Cdb, Data, Holder, Key, Kind, Parameters, Sense, status};
+use ipc::kernel::{self, Change, Ended, ReadReservation};
+use ipc::scsi::{Action, Capabilities, Cdb, Data, Key, Kind, Parameters, Sense, status};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-
-/// `enum pr_type` and NVMe's reservation types (the same numbers) with the SCSI types.
-const KINDS: [(u32, Kind); 6] = [
-    (1, Kind::WriteExclusive),
-    (2, Kind::ExclusiveAccess),
-    (3, Kind::WriteExclusiveRegistrantsOnly),
-    (4, Kind::ExclusiveAccessRegistrantsOnly),
-    (5, Kind::WriteExclusiveAllRegistrants),
-    (6, Kind::ExclusiveAccessAllRegistrants),
-];
-
-/// Reservation conflict: SCSI's and the kernel's; NVMe's 83h with and without "do not retry".
-const CONFLICTS: [i32; 3] = [0x18, 0x83, 0x4083];
-
-/// `PR_STS_IOERR`: the device answered CHECK CONDITION, and the kernel has kept the sense to itself.
-const CHECK_CONDITION: i32 = 0x02;
-
-/// How often a command is tried that ended so. Most often the reason is a unit attention, of which each path of a map
-/// has its own, and which is gone when it was reported; a command that ended with it had no effect.
-const UNIT_ATTENTIONS: usize = 9;
 
 /// The most keys that fit into the largest reply.
 const MAX_KEYS: usize = (ipc::classic::MAX_DATA - 8) / 8;
@@ -48,20 +28,22 @@ pub fn reserve_out(
         Err(sense) => return Reply::check(sense),
     };
     let mut result = match (command, nvme) {
-        (PrCommand::Register { old, new: 0, ignore }, Some(namespace)) => {
-            sg_io::nvme_unregister(device, namespace, old, ignore, timeout)
+        (Change::Register { old, new: Key(0), ignore }, Some(namespace)) => {
+            sg_io::nvme_unregister(device, namespace, old.0, ignore, timeout)
         }
         _ => repeat(device, command),
     };
     // NVMe tells a first registration from a replaced one even if the present key does not matter, and the kernel
     // takes a zero key for the former, `[NVM Express 2.0 §7.3]`.
-    if let (PrCommand::Register { old: 0, new: new @ 1.., ignore: true }, Ok(code)) = (command, &result)
-        && CONFLICTS.contains(code)
+    if let (Change::Register { old: Key(0), new: new @ Key(1..), ignore: true }, Ok(code)) = (command, &result)
+        && kernel::ended(*code) == Ended::Conflict
     {
-        result = repeat(device, PrCommand::Register { old: u64::MAX, new, ignore: true });
+        result = repeat(device, Change::Register { old: Key(u64::MAX), new, ignore: true });
     }
-    match result {
-        Ok(code) => kernel_status(code),
+    match result.map(kernel::ended) {
+        Ok(Ended::Good) => Reply::status(status::GOOD),
+        Ok(Ended::Conflict) => Reply::status(status::RESERVATION_CONFLICT),
+        Ok(Ended::Check(sense)) => Reply::check(sense),
         Err(e) => kernel_error(&e),
     }
 }
@@ -74,14 +56,12 @@ fn kernel_error(error: &io::Error) -> Reply {
     }
 }
 
-/// Executes the command until it no longer ends with a unit attention.
-fn repeat(device: BorrowedFd<'_>, command: PrCommand) -> io::Result<i32> {
-    let mut tries = (0..UNIT_ATTENTIONS).map(|_| sg_io::pr_command(device, command));
-    tries.find(|result| !matches!(result, Ok(CHECK_CONDITION))).unwrap_or(Ok(CHECK_CONDITION))
+fn repeat(device: BorrowedFd<'_>, change: Change) -> io::Result<i32> {
+    kernel::past_attentions(|| sg_io::pr_out(device, &change))
 }
 
 /// The kernel's command for a SCSI one, or what is wrong with it.
-fn translate(cdb: &Cdb, list: &[u8]) -> Result<PrCommand, Sense> {
+fn translate(cdb: &Cdb, list: &[u8]) -> Result<Change, Sense> {
     let action = cdb.action().ok_or(Sense::INVALID_FIELD_IN_CDB)?;
     if matches!(action, Action::RegisterAndMove | Action::ReplaceLost) {
         return Err(Sense::INVALID_FIELD_IN_CDB);
@@ -90,36 +70,21 @@ fn translate(cdb: &Cdb, list: &[u8]) -> Result<PrCommand, Sense> {
     if !p.initiators.is_empty() || p.all_target_ports {
         return Err(Sense::INVALID_FIELD_IN_PARAMETER_LIST);
     }
-    let (key, other) = (p.key.0, p.action_key.0);
+    let (key, other) = (p.key, p.action_key);
     let kind = || {
         let (scope, code) = (cdb.scope_type() >> 4, cdb.scope_type() & 0x0f);
-        let row = KINDS.iter().find(|row| scope == 0 && row.1 as u8 == code);
-        row.map(|row| row.0).ok_or(Sense::INVALID_FIELD_IN_CDB)
+        Kind::from_code(code).filter(|_| scope == 0).ok_or(Sense::INVALID_FIELD_IN_CDB)
     };
     Ok(match action {
-        Action::Register => PrCommand::Register { old: key, new: other, ignore: false },
-        Action::RegisterAndIgnore => PrCommand::Register { old: 0, new: other, ignore: true },
-        Action::Reserve => PrCommand::Reserve { key, kind: kind()? },
-        Action::Release => PrCommand::Release { key, kind: kind()? },
-        Action::Clear => PrCommand::Clear { key },
-        Action::Preempt => PrCommand::Preempt { key, victim: other, kind: kind()?, abort: false },
-        Action::PreemptAndAbort => PrCommand::Preempt { key, victim: other, kind: kind()?, abort: true },
+        Action::Register => Change::Register { old: key, new: other, ignore: false },
+        Action::RegisterAndIgnore => Change::Register { old: Key(0), new: other, ignore: true },
+        Action::Reserve => Change::Reserve { key, kind: kind()? },
+        Action::Release => Change::Release { key, kind: kind()? },
+        Action::Clear => Change::Clear { key },
+        Action::Preempt => Change::Preempt { key, victim: other, kind: kind()?, abort: false },
+        Action::PreemptAndAbort => Change::Preempt { key, victim: other, kind: kind()?, abort: true },
         _ => return Err(Sense::INVALID_FIELD_IN_CDB),
     })
-}
-
-/// `enum pr_status`, and the NVMe status codes that kernels before 6.4 passed on.
-fn kernel_status(code: i32) -> Reply {
-    match code {
-        0 => Reply::status(status::GOOD),
-        code if CONFLICTS.contains(&code) => Reply::status(status::RESERVATION_CONFLICT),
-        // Invalid opcode, invalid field: NVMe's.
-        0x01 | 0x4001 => Reply::check(Sense::INVALID_OPCODE),
-        0x4002 => Reply::check(Sense::INVALID_FIELD_IN_CDB),
-        // PR_STS_RETRY_PATH_FAILURE, PR_STS_PATH_FAST_FAILED, PR_STS_PATH_FAILED.
-        0x000e_0000 | 0x000f_0000 | 0x0001_0000 => Reply::check(Sense::NOT_RESPONDING),
-        _ => Reply::check(Sense::COMMUNICATION_FAILURE),
-    }
 }
 
 /// PERSISTENT RESERVE IN of an NVMe namespace.
@@ -153,21 +118,15 @@ fn read_keys(device: BorrowedFd<'_>, namespace: u32, timeout: Duration) -> io::R
 }
 
 fn read_reservation(device: BorrowedFd<'_>, namespace: u32, timeout: Duration) -> io::Result<Data> {
-    let (generation, key, code) = match sg_io::pr_read_reservation(device) {
-        Ok(reservation) => reservation,
+    let found = match sg_io::pr_read_reservation(device) {
+        Ok(found) => found,
         Err(_) => {
             let report = report(device, namespace, timeout)?;
-            let holder = report.registrants.iter().find(|r| r.holds);
-            (report.generation, holder.map_or(0, |r| r.key.0), u32::from(report.kind))
+            let key = report.registrants.iter().find(|r| r.holds).map_or(0, |r| r.key.0);
+            ReadReservation { key, generation: report.generation, kind: u32::from(report.kind) }
         }
     };
-    let kind = KINDS.iter().find(|row| row.0 == code).map(|row| row.1);
-    let holder = kind.map(|kind| {
-        // The all-registrants types have no single holder, `[SPC-4 §6.15.3.2]`.
-        let all = matches!(kind, Kind::WriteExclusiveAllRegistrants | Kind::ExclusiveAccessAllRegistrants);
-        Holder { key: Key(if all { 0 } else { key }), scope: 0, kind }
-    });
-    Ok(Data::Reservation { generation, holder })
+    Ok(Data::Reservation { generation: found.generation, holder: kernel::holder(found.key, found.kind) })
 }
 
 /// Identify Namespace's RESCAP (byte 31) in SCSI's terms; without it, what every NVMe namespace with reservations has.
@@ -227,7 +186,7 @@ mod tests {
     use super::*;
     use ipc::scsi::{Command, RegisterOptions};
 
-    fn command(command: &Command) -> Result<PrCommand, Sense> {
+    fn command(command: &Command) -> Result<Change, Sense> {
         let (cdb, list) = command.encode().unwrap();
         translate(&cdb, &list)
     }
@@ -235,10 +194,10 @@ mod tests {
     #[test]
     fn commands() {
         let (key, victim, kind) = (Key(1), Key(2), Kind::WriteExclusiveRegistrantsOnly);
-        assert_eq!(command(&Command::Reserve { key, kind }), Ok(PrCommand::Reserve { key: 1, kind: 3 }));
+        assert_eq!(command(&Command::Reserve { key, kind }), Ok(Change::Reserve { key, kind }));
         assert_eq!(
             command(&Command::Preempt { key, victim, kind, abort: true }),
-            Ok(PrCommand::Preempt { key: 1, victim: 2, kind: 3, abort: true })
+            Ok(Change::Preempt { key, victim, kind, abort: true })
         );
         let options = RegisterOptions { all_target_ports: true, persist: false };
         assert_eq!(

@@ -5,30 +5,17 @@
 //! `<scsi/sg.h>`, `<linux/pr.h>`, `<linux/nvme_ioctl.h>`.
 #![expect(unsafe_code, reason = "ioctl has no safe form: each call proves its own argument")]
 
+use ipc::kernel::{self, Change};
 use ipc::scsi::SENSE_SIZE;
+use rustix::ioctl::{Opcode, opcode};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-/// `_IOC(direction, type, number, size)`, `<asm-generic/ioctl.h>`: direction 1 writes, 2 reads.
-const fn ioc(direction: u32, kind: u8, number: u32, size: usize) -> u32 {
-    #[expect(clippy::cast_possible_truncation, reason = "the arguments below are at most 72 bytes")]
-    let size = size as u32;
-    direction << 30 | size << 16 | (kind as u32) << 8 | number
-}
-
-const SG_IO: u32 = 0x2285;
-const NVME_ID: u32 = ioc(0, b'N', 0x40, 0);
-const NVME_ADMIN: u32 = ioc(3, b'N', 0x41, size_of::<NvmeCommand>());
-const NVME_IO: u32 = ioc(3, b'N', 0x43, size_of::<NvmeCommand>());
-const PR_REGISTER: u32 = ioc(1, b'p', 200, size_of::<PrRegistration>());
-const PR_RESERVE: u32 = ioc(1, b'p', 201, size_of::<PrReservation>());
-const PR_RELEASE: u32 = ioc(1, b'p', 202, size_of::<PrReservation>());
-const PR_PREEMPT: u32 = ioc(1, b'p', 203, size_of::<PrPreempt>());
-const PR_PREEMPT_ABORT: u32 = ioc(1, b'p', 204, size_of::<PrPreempt>());
-const PR_CLEAR: u32 = ioc(1, b'p', 205, size_of::<PrClear>());
-const PR_READ_KEYS: u32 = ioc(3, b'p', 206, size_of::<PrReadKeys>());
-const PR_READ_RESERVATION: u32 = ioc(2, b'p', 207, size_of::<PrReadReservation>());
+const SG_IO: Opcode = 0x2285;
+const NVME_ID: Opcode = opcode::none(b'N', 0x40);
+const NVME_ADMIN: Opcode = opcode::read_write::<NvmeCommand>(b'N', 0x41);
+const NVME_IO: Opcode = opcode::read_write::<NvmeCommand>(b'N', 0x43);
 
 /// `struct sg_io_hdr`.
 #[repr(C)]
@@ -57,25 +44,6 @@ struct SgIoHeader {
     info: u32,
 }
 
-/// `struct pr_registration`: old key, new key, flags (1: whatever the old key is).
-#[repr(C)]
-struct PrRegistration(u64, u64, u32, u32);
-/// `struct pr_reservation`: key, type, flags.
-#[repr(C)]
-struct PrReservation(u64, u32, u32);
-/// `struct pr_preempt`: own key ("old"), victim's ("new"), type, flags.
-#[repr(C)]
-struct PrPreempt(u64, u64, u32, u32);
-/// `struct pr_clear`: key, flags, padding.
-#[repr(C)]
-struct PrClear(u64, u32, u32);
-/// `struct pr_read_keys`: generation, count (in: room, out: registered), where to.
-#[repr(C)]
-struct PrReadKeys(u32, u32, u64);
-/// `struct pr_read_reservation`: key, generation, type.
-#[repr(C)]
-struct PrReadReservation(u64, u32, u32);
-
 /// `struct nvme_passthru_cmd`.
 #[repr(C)]
 #[derive(Default)]
@@ -98,7 +66,7 @@ struct NvmeCommand {
 ///
 /// # Safety
 /// `argument` is what the request takes: valid for reads and writes of that type, as is all memory that it points to.
-unsafe fn ioctl<T>(device: BorrowedFd<'_>, request: u32, argument: *mut T) -> io::Result<i32> {
+unsafe fn ioctl<T>(device: BorrowedFd<'_>, request: Opcode, argument: *mut T) -> io::Result<i32> {
     // SAFETY: the caller vouches for the argument.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::Ioctl::from(request), argument) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -187,102 +155,29 @@ pub fn sg_io(
 #[expect(clippy::cast_possible_truncation, reason = "96")]
 const SENSE_SIZE_U8: u8 = SENSE_SIZE as u8;
 
-/// A reservation command of `<linux/pr.h>`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PrCommand {
-    /// IOC_PR_REGISTER.
-    Register {
-        /// The present key.
-        old: u64,
-        /// The key from now on; zero unregisters.
-        new: u64,
-        /// Whatever the present key is.
-        ignore: bool,
-    },
-    /// IOC_PR_RESERVE.
-    Reserve {
-        /// Key.
-        key: u64,
-        /// `enum pr_type`.
-        kind: u32,
-    },
-    /// IOC_PR_RELEASE.
-    Release {
-        /// Key.
-        key: u64,
-        /// `enum pr_type`.
-        kind: u32,
-    },
-    /// IOC_PR_PREEMPT, IOC_PR_PREEMPT_ABORT.
-    Preempt {
-        /// Key.
-        key: u64,
-        /// The key to remove.
-        victim: u64,
-        /// `enum pr_type`.
-        kind: u32,
-        /// And abort.
-        abort: bool,
-    },
-    /// IOC_PR_CLEAR.
-    Clear {
-        /// Key.
-        key: u64,
-    },
+/// Changes reservations. Returns the kernel's status, [`kernel::ended`].
+pub fn pr_out(device: BorrowedFd<'_>, change: &Change) -> io::Result<i32> {
+    let mut call = change.call();
+    // SAFETY: the request reads the structure that `call` has for it, which lives across the call and holds no pointer.
+    unsafe { ioctl(device, call.request, call.argument.as_mut_ptr()) }
 }
 
-/// Executes a reservation command. Returns the kernel's status: 0 for done, otherwise `enum pr_status` or, of older
-/// kernels, the device's own.
-pub fn pr_command(device: BorrowedFd<'_>, command: PrCommand) -> io::Result<i32> {
-    // SAFETY (all five): the request takes the structure that it is called with here, which lives across the call and
-    // holds no pointer.
-    match command {
-        PrCommand::Register { old, new, ignore } => {
-            let mut argument = PrRegistration(old, new, u32::from(ignore), 0);
-            // SAFETY: see above.
-            unsafe { ioctl(device, PR_REGISTER, &raw mut argument) }
-        }
-        PrCommand::Reserve { key, kind } => {
-            let mut argument = PrReservation(key, kind, 0);
-            // SAFETY: see above.
-            unsafe { ioctl(device, PR_RESERVE, &raw mut argument) }
-        }
-        PrCommand::Release { key, kind } => {
-            let mut argument = PrReservation(key, kind, 0);
-            // SAFETY: see above.
-            unsafe { ioctl(device, PR_RELEASE, &raw mut argument) }
-        }
-        PrCommand::Preempt { key, victim, kind, abort } => {
-            // What <linux/pr.h> calls the old key is one's own, the new key the victim's.
-            let mut argument = PrPreempt(key, victim, kind, 0);
-            let request = if abort { PR_PREEMPT_ABORT } else { PR_PREEMPT };
-            // SAFETY: see above.
-            unsafe { ioctl(device, request, &raw mut argument) }
-        }
-        PrCommand::Clear { key } => {
-            let mut argument = PrClear(key, 0, 0);
-            // SAFETY: see above.
-            unsafe { ioctl(device, PR_CLEAR, &raw mut argument) }
-        }
-    }
+/// IOC_PR_READ_KEYS: generation, how many there are, and as many keys as fit into `list`.
+pub fn pr_read_keys(device: BorrowedFd<'_>, list: &mut [u64]) -> io::Result<(u32, u32)> {
+    let count = u32::try_from(list.len()).unwrap_or(u32::MAX);
+    let keys = u64::try_from(list.as_mut_ptr().expose_provenance()).map_err(io::Error::other)?;
+    let mut found = kernel::ReadKeys { generation: 0, count, keys };
+    // SAFETY: the structure lives across the call; it points to `count` keys that the kernel may write.
+    unsafe { ioctl(device, kernel::READ_KEYS, &raw mut found)? };
+    Ok((found.generation, found.count))
 }
 
-/// IOC_PR_READ_KEYS: generation, how many there are, and as many keys as fit into `keys`.
-pub fn pr_read_keys(device: BorrowedFd<'_>, keys: &mut [u64]) -> io::Result<(u32, u32)> {
-    let room = u32::try_from(keys.len()).unwrap_or(u32::MAX);
-    let address = u64::try_from(keys.as_mut_ptr().addr()).map_err(io::Error::other)?;
-    let mut argument = PrReadKeys(0, room, address);
-    // SAFETY: the structure lives across the call; it points to `room` keys that the kernel may write.
-    unsafe { ioctl(device, PR_READ_KEYS, &raw mut argument)? };
-    Ok((argument.0, argument.1))
-}
-
-/// IOC_PR_READ_RESERVATION: generation, key, `enum pr_type` (0: none).
-pub fn pr_read_reservation(device: BorrowedFd<'_>) -> io::Result<(u32, u64, u32)> {
-    let mut argument = PrReadReservation(0, 0, 0);
+/// IOC_PR_READ_RESERVATION.
+pub fn pr_read_reservation(device: BorrowedFd<'_>) -> io::Result<kernel::ReadReservation> {
+    let mut found = kernel::ReadReservation::default();
     // SAFETY: the structure lives across the call and holds no pointer.
-    unsafe { ioctl(device, PR_READ_RESERVATION, &raw mut argument)? };
-    Ok((argument.1, argument.0, argument.2))
+    unsafe { ioctl(device, kernel::READ_RESERVATION, &raw mut found)? };
+    Ok(found)
 }
 
 /// NVME_IOCTL_ID: the namespace's number; an error if the device is no NVMe namespace.
@@ -335,13 +230,13 @@ pub fn nvme_identify_namespace(
 
 fn nvme(
     device: BorrowedFd<'_>,
-    request: u32,
+    request: Opcode,
     mut command: NvmeCommand,
     [dword_10, dword_11]: [u32; 2],
     data: &mut [u8],
     timeout: Duration,
 ) -> io::Result<i32> {
-    command.address = u64::try_from(data.as_mut_ptr().addr()).map_err(io::Error::other)?;
+    command.address = u64::try_from(data.as_mut_ptr().expose_provenance()).map_err(io::Error::other)?;
     command.data_length = u32::try_from(data.len()).map_err(io::Error::other)?;
     command.dwords_10_15[0] = dword_10;
     command.dwords_10_15[1] = dword_11;
@@ -354,14 +249,13 @@ fn nvme(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ipc::scsi::Key;
     use std::os::fd::AsFd;
 
     #[test]
     fn layouts_and_numbers_are_the_kernels() {
         assert_eq!(size_of::<SgIoHeader>(), 88);
         assert_eq!(size_of::<NvmeCommand>(), 72);
-        assert_eq!([PR_REGISTER, PR_RESERVE, PR_PREEMPT], [0x4018_70c8, 0x4010_70c9, 0x4018_70cb]);
-        assert_eq!([PR_READ_KEYS, PR_READ_RESERVATION], [0xc010_70ce, 0x8010_70cf]);
         assert_eq!([NVME_ID, NVME_ADMIN, NVME_IO], [0x4e40, 0xc048_4e41, 0xc048_4e43]);
     }
 
@@ -370,7 +264,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let errno = sg_io(file.as_fd(), &[0x5e; 10], Transfer::In(8), Duration::from_secs(1)).unwrap_err();
         assert_eq!(errno.raw_os_error(), Some(libc::ENOTTY));
-        let errno = pr_command(file.as_fd(), PrCommand::Clear { key: 1 }).unwrap_err();
+        let errno = pr_out(file.as_fd(), &Change::Clear { key: Key(1) }).unwrap_err();
         assert_eq!(errno.raw_os_error(), Some(libc::ENOTTY));
         assert_eq!(nvme_namespace(file.as_fd()).unwrap_err().raw_os_error(), Some(libc::ENOTTY));
     }

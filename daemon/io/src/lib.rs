@@ -52,7 +52,6 @@ pub use lock::{ImageLock, LockError, LockMode, LockSet, Locking};
 pub use messages::MessageSocket;
 pub use polling::{Look, Polling, Watched, is_polling, look_around};
 pub use pool::{blocking, detach};
-pub use reservation::{PrOut, PrReservation};
 pub use send_queue::SendQueue;
 pub use stream::{Listener, Stream};
 pub use thread::{IoThread, Params, RingUse, Stopped, run_main};

@@ -8,28 +8,15 @@ use super::{FileDriver, Medium, Writing};
 use block::Errno;
 use block::driver::LocalFuture;
 use block::reservation::{Outcome, Problem, Reservations, Route};
-use io::{Access, File, PrOut};
+use io::{Access, File};
 use ipc::frame::Failure;
-use ipc::scsi::{Action, Command, Data, Holder, Key, Kind, Sense, status};
+use ipc::kernel::{self, Change, Ended};
+use ipc::scsi::{Action, Command, Data, Key, Sense, status};
 use std::io as std_io;
 use std::sync::Arc;
 
 /// The most keys that one answer carries, as with SCSI's allocation length of 8192 bytes.
 const MAX_KEYS: u16 = 1023;
-
-/// `enum pr_type` and SCSI's type.
-const KINDS: [(u32, Kind); 6] = [
-    (1, Kind::WriteExclusive),
-    (2, Kind::ExclusiveAccess),
-    (3, Kind::WriteExclusiveRegistrantsOnly),
-    (4, Kind::ExclusiveAccessRegistrantsOnly),
-    (5, Kind::WriteExclusiveAllRegistrants),
-    (6, Kind::ExclusiveAccessAllRegistrants),
-];
-
-fn pr_type(kind: Kind) -> u32 {
-    KINDS.iter().find(|row| row.1 == kind).map_or(0, |row| row.0)
-}
 
 impl Reservations for FileDriver {
     fn execute<'a>(&'a self, command: Command) -> LocalFuture<'a, Outcome> {
@@ -80,12 +67,7 @@ async fn by_kernel(file: &File, command: &Command) -> Option<Result<Data, Proble
             Ok(Data::Keys { generation, keys: keys.into_iter().map(Key).collect(), total })
         }),
         Command::ReadReservation => file.pr_read_reservation().await.ok().map(|found| {
-            let kind = KINDS.iter().find(|row| row.0 == found.kind).map(|row| row.1);
-            let holder = kind.map(|kind| {
-                // Of these types all registrants are holders, `[SPC-4 §6.15.3.2]`.
-                let all = matches!(kind, Kind::WriteExclusiveAllRegistrants | Kind::ExclusiveAccessAllRegistrants);
-                Holder { key: Key(if all { 0 } else { found.key }), scope: 0, kind }
-            });
+            let holder = kernel::holder(found.key, found.kind);
             Ok(Data::Reservation { generation: found.generation, holder })
         }),
         _ => tried(file.pr_out(change(command)?).await),
@@ -93,23 +75,21 @@ async fn by_kernel(file: &File, command: &Command) -> Option<Result<Data, Proble
 }
 
 /// The kernel's form of a command that changes something; none where it would do something else.
-fn change(command: &Command) -> Option<PrOut> {
-    Some(match command {
+fn change(command: &Command) -> Option<Change> {
+    Some(match *command {
         // The kernel always asks for persistence through power loss.
-        Command::Register { key, new_key, options, initiators }
+        Command::Register { key, new_key, options, ref initiators }
             if options.persist && !options.all_target_ports && initiators.is_empty() =>
         {
-            PrOut::Register { old: key.0, new: new_key.0, ignore: false }
+            Change::Register { old: key, new: new_key, ignore: false }
         }
         Command::RegisterAndIgnore { new_key, options } if options.persist && !options.all_target_ports => {
-            PrOut::Register { old: 0, new: new_key.0, ignore: true }
+            Change::Register { old: Key(0), new: new_key, ignore: true }
         }
-        Command::Reserve { key, kind } => PrOut::Reserve { key: key.0, kind: pr_type(*kind) },
-        Command::Release { key, kind } => PrOut::Release { key: key.0, kind: pr_type(*kind) },
-        Command::Preempt { key, victim, kind, abort } => {
-            PrOut::Preempt { key: key.0, victim: victim.0, kind: pr_type(*kind), abort: *abort }
-        }
-        Command::Clear { key } => PrOut::Clear { key: key.0 },
+        Command::Reserve { key, kind } => Change::Reserve { key, kind },
+        Command::Release { key, kind } => Change::Release { key, kind },
+        Command::Preempt { key, victim, kind, abort } => Change::Preempt { key, victim, kind, abort },
+        Command::Clear { key } => Change::Clear { key },
         _ => return None,
     })
 }
@@ -138,26 +118,18 @@ fn conflict() -> Problem {
     Failure { status: status::RESERVATION_CONFLICT, sense: Vec::new() }.into()
 }
 
-/// `enum pr_status`, and the NVMe status codes that kernels before 6.4 passed on.
 fn kernel_status(code: i32) -> Result<Data, Problem> {
-    let sense = match code {
-        0 => return Ok(Data::None),
-        // Reservation conflict: SCSI's, and NVMe's 83h with or without "do not retry".
-        0x18 | 0x83 | 0x4083 => return Err(conflict()),
-        // Invalid opcode, invalid field: NVMe's.
-        0x01 | 0x4001 => Sense::INVALID_OPCODE,
-        0x4002 => Sense::INVALID_FIELD_IN_CDB,
-        // PR_STS_RETRY_PATH_FAILURE, PR_STS_PATH_FAST_FAILED, PR_STS_PATH_FAILED.
-        0x000e_0000 | 0x000f_0000 | 0x0001_0000 => Sense::NOT_RESPONDING,
-        _ => Sense::COMMUNICATION_FAILURE,
-    };
-    Err(Problem::new(sense, format!("the kernel's status is {code:#x}")))
+    match kernel::ended(code) {
+        Ended::Good => Ok(Data::None),
+        Ended::Conflict => Err(conflict()),
+        Ended::Check(sense) => Err(Problem::new(sense, format!("the kernel's status is {code:#x}"))),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ipc::scsi::RegisterOptions;
+    use ipc::scsi::{Kind, RegisterOptions};
 
     #[test]
     fn the_kernel_gets_what_it_does_exactly() {
@@ -166,7 +138,7 @@ mod tests {
             let options = RegisterOptions { persist, all_target_ports };
             change(&Command::Register { key, new_key, options, initiators })
         };
-        assert_eq!(register(true, false, vec![]), Some(PrOut::Register { old: 1, new: 2, ignore: false }));
+        assert_eq!(register(true, false, vec![]), Some(Change::Register { old: key, new: new_key, ignore: false }));
         assert_eq!(register(false, false, vec![]), None);
         assert_eq!(register(true, true, vec![]), None);
         assert_eq!(register(true, false, vec![0; 24]), None);
@@ -174,7 +146,7 @@ mod tests {
         assert_eq!(change(&Command::ReplaceLost { new_key, kind, persist: true }), None);
         assert_eq!(
             change(&Command::Preempt { key, victim: new_key, kind, abort: false }),
-            Some(PrOut::Preempt { key: 1, victim: 2, kind: 6, abort: false })
+            Some(Change::Preempt { key, victim: new_key, kind, abort: false })
         );
         assert_eq!(change(&Command::ReadKeys), None);
     }
