@@ -43,6 +43,12 @@ pub const EVENTS: &[(&str, &str)] = &[
     ("nbd_server_accept", "the NBD server cannot take a client, or can again (always shown)"),
     ("nbd_trip", "an NBD client has left its export"),
     ("pr_manager_disconnected", "a pr-manager has no connection to its helper, and why"),
+    ("vduse_broken", "the driver of a VDUSE device broke the rules (always shown)"),
+    ("vduse_left", "a VDUSE device stays, as it is in use or cannot be removed (always shown)"),
+    ("vduse_lost", "a VDUSE device cannot be served any more (always shown)"),
+    ("vduse_message", "a message of the kernel to a VDUSE device has come in"),
+    ("vduse_refused", "a message of the kernel to a VDUSE device was answered with an error (always shown)"),
+    ("vduse_start", "a VDUSE device is served from now on"),
     ("vhost_user_blk_accept", "a vhost-user-blk export cannot take a front-end (always shown)"),
     ("vhost_user_blk_connected", "a vhost-user front-end has connected"),
     (

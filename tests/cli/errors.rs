@@ -114,6 +114,35 @@ fn exports() {
 }
 
 #[test]
+fn vduse_exports() {
+    let export = |options: &str, text: &str| {
+        let value = format!("vduse-blk,id=e,node-name=f{options}");
+        fails(&[NULL[0], NULL[1], "--export", &value], text);
+    };
+    export("", "Parameter 'name' is missing");
+    export(",name=x,num-queues=0", "num-queues must be greater than 0");
+    export(",name=x,num-queues=65536", "Parameter 'num-queues' expects uint16_t");
+    for size in [0, 1, 2, 3, 2048] {
+        export(&format!(",name=x,queue-size={size}"), "queue-size is invalid");
+    }
+    for size in [511, 1 << 22] {
+        let text = "parameter logical-block-size must be a power of 2 between 512 and 2097152";
+        export(&format!(",name=x,logical-block-size={size}"), text);
+    }
+    if on_reference() {
+        return;
+    }
+    for name in ["", "a/b", "..", "control"] {
+        let text = format!("failed to create vduse device: '{name}' cannot be the name of a device");
+        export(&format!(",name={name}"), &text);
+    }
+    if !std::path::Path::new("/dev/vduse/control").exists() {
+        let text = "failed to create vduse device: /dev/vduse/control: No such file or directory (os error 2)";
+        export(",name=x", text);
+    }
+}
+
+#[test]
 fn servers() {
     let second = ["--nbd-server", "addr.type=unix,addr.path=m.sock"];
     fails(&[SERVER, second].concat(), "NBD server already running");

@@ -135,7 +135,26 @@ impl Mapping {
     /// The descriptor is no regular file that can be read and written, the file lies in a file system that may let one wait, or
     /// it is shorter than that; the process has no room for one more mapping.
     pub fn new(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<Self> {
-        let (size, block) = inspect(file)?;
+        Self::map(file, offset, len, inspect(file, false)?, libc::MAP_SHARED)
+    }
+
+    /// Maps what a device of the kernel's calls memory: as [`new`](Self::new), or an object of the kernel's own, which has no
+    /// length. What is not `writable` can be written to here without an error, and without anybody seeing it.
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new).
+    pub fn of_device(file: BorrowedFd<'_>, offset: u64, len: u64, writable: bool) -> io::Result<Self> {
+        let sharing = if writable { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        Self::map(file, offset, len, inspect(file, true)?, sharing)
+    }
+
+    fn map(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: u64,
+        (size, block): (u64, u64),
+        sharing: libc::c_int,
+    ) -> io::Result<Self> {
         let end = offset.checked_add(len).filter(|end| *end <= size);
         let end = end.ok_or_else(|| invalid("the file is shorter than the memory it shall hold"))?;
         if len == 0 {
@@ -151,7 +170,7 @@ impl Mapping {
         watch_faults()?;
         let place = take_place()?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let flags = sharing | libc::MAP_NORESERVE;
         // SAFETY: a new mapping wherever the kernel likes; it touches no memory of ours.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), mapped, prot, flags, file.as_raw_fd(), at) };
         let base = if base == libc::MAP_FAILED { None } else { NonNull::new(base.cast::<u8>()) };
@@ -205,8 +224,11 @@ impl Drop for Mapping {
     }
 }
 
-/// Size and block size of a file that may be mapped.
-fn inspect(file: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
+/// Objects of the kernel that are in no file system. `[linux/magic.h]`
+const ANONYMOUS: i64 = 0x0904_1934;
+
+/// Size and block size of a file that may be mapped; with `device` of an object of the kernel's, too.
+fn inspect(file: BorrowedFd<'_>, device: bool) -> io::Result<(u64, u64)> {
     // SAFETY: plain structures for which zeroes are a value, filled by the calls; the descriptor is open.
     let (stat, system) = unsafe {
         let mut stat: libc::stat = std::mem::zeroed();
@@ -216,6 +238,11 @@ fn inspect(file: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
         }
         (stat, system)
     };
+    // SAFETY: sysconf takes a number.
+    let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    if device && system.f_type == ANONYMOUS {
+        return Ok((u64::MAX, page));
+    }
     if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
         return Err(invalid("the descriptor is not one of a file"));
     }
@@ -225,8 +252,6 @@ fn inspect(file: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
             "memory cannot be shared from this kind of file system",
         ));
     }
-    // SAFETY: sysconf takes a number.
-    let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
     let huge = system.f_type == FILE_SYSTEMS[1];
     let block = if huge { u64::try_from(system.f_bsize).unwrap_or(page).max(page) } else { page };
     Ok((u64::try_from(stat.st_size).unwrap_or(0), block))

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`nbd`] | NBD clients, over sockets |
 //! | [`vhost_user_blk`] | virtual machines, through their memory |
+//! | [`vduse`] | this machine's kernel, as a disk |
 //! | [`fuse`] | a regular file |
 //!
 //! The control task makes an export in three steps: the [`ExportDriver`] of its kind says what it needs of the node, the
@@ -15,6 +16,7 @@
 pub mod fuse;
 pub mod nbd;
 mod slots;
+pub mod vduse;
 pub mod vhost_user_blk;
 pub mod virtio_blk;
 

@@ -4,6 +4,7 @@
 //! - [`File`]: reads and writes of whole buffers at offsets, on the ring of the calling thread or on its pool.
 //! - [`ImageLock`]: the lock bytes that keep two programs from writing to one image.
 //! - [`FuseDevice`], [`FuseRing`], [`fuse_mount`]: the kernel's requests to a file system, and how to get some.
+//! - [`VduseControl`], [`VduseDevice`]: virtio devices of the kernel that this process serves.
 //! - [`Stream`], [`Listener`]: sockets that receive into and send from [`buf::IoBuf`]s.
 //!
 //! An operation owns its memory and its descriptor until the kernel is done with them, whatever happens to the future that
@@ -37,6 +38,7 @@ pub mod socket;
 mod stream;
 mod thread;
 pub mod threads;
+mod vduse;
 mod writer;
 
 pub use blkdev::{BlockDevice, QueueLimits};
@@ -55,3 +57,4 @@ pub use pool::{blocking, detach};
 pub use send_queue::SendQueue;
 pub use stream::{Listener, Stream};
 pub use thread::{IoThread, Params, RingUse, Stopped, run_main};
+pub use vduse::{VDUSE_MESSAGE, VduseControl, VduseDevice, VduseNew, VduseQueue, VduseRegion, vduse_is_attached};

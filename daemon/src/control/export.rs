@@ -9,6 +9,7 @@ use block::stats::Op;
 use block::{Disk, Errno, IoResult, Node, OnError};
 use export::fuse::{AllowOther, FuseDriver, Mounts};
 use export::nbd::{NbdDriver, NbdServer, NbdServerParams};
+use export::vduse::VduseBlkDriver;
 use export::vhost_user_blk::VhostUserBlkDriver;
 use export::{Export, ExportDriver, ExportParams, Resize, Resized};
 use io::IoThread;
@@ -80,6 +81,7 @@ impl Exports {
                 allocation_depth: nbd.allocation_depth,
             })),
             BlockExportVariant::VhostUserBlk(options) => Ok(Box::new(VhostUserBlkDriver { options })),
+            BlockExportVariant::VduseBlk(options) => Ok(Box::new(VduseBlkDriver { options })),
             BlockExportVariant::Fuse(fuse) => Ok(Box::new(FuseDriver {
                 mountpoint: fuse.mountpoint.clone(),
                 growable: fuse.growable,

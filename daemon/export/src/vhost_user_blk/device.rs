@@ -351,7 +351,8 @@ impl<'a> Device<'a> {
                     return refused("the inflight region is too small");
                 }
                 let map = Arc::new(Mapping::new(fd.as_fd(), info.offset, info.size)?);
-                self.inflight = Some(InflightRegion { map, queues: info.queues, queue_size: info.queue_size });
+                self.inflight =
+                    Some(InflightRegion { map, start: 0, queues: info.queues, queue_size: info.queue_size });
             }
             Message::Unknown(kind) => return refused(format!("message {kind} is not supported")),
         }
@@ -420,6 +421,7 @@ impl<'a> Device<'a> {
         let thread = at.checked_rem(threads.len()).and_then(|turn| threads.get(turn));
         let around = Surroundings {
             memory: &self.memory,
+            source: None,
             features: RingFeatures {
                 indirect: self.features & feature::INDIRECT_DESC != 0,
                 event_idx: self.features & feature::EVENT_IDX != 0,

@@ -2,8 +2,9 @@
 
 use super::device::{Device, Parts};
 use crate::virtio_blk::config::Geometry;
+use crate::virtio_blk::options;
 use crate::virtio_blk::queue::Shared;
-use crate::virtio_blk::request::{ID_LEN, Limits};
+use crate::virtio_blk::request::Limits;
 use crate::{Closed, Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
 use block::perm::Bits;
@@ -21,8 +22,6 @@ use tokio::sync::watch;
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
 /// What a guest sees as serial number if the user gives none. `[reference]`
 const SERIAL: &str = "vhost_user_blk";
-/// Queues at most: a front-end names them in one byte.
-const MAX_QUEUES: u16 = 256;
 
 /// Starts exports of this kind.
 #[derive(Debug)]
@@ -57,24 +56,9 @@ async fn start(options: &BlockExportOptionsVhostUserBlk, params: ExportParams) -
     if !matches!(options.addr.addr, SocketAddressVariant::Unix(_) | SocketAddressVariant::Fd(_)) {
         return Err(Error::generic("Only socket address types 'unix' and 'fd' are supported"));
     }
-    let block_size = options.logical_block_size;
-    let block_size =
-        u32::try_from(block_size).ok().filter(|size| size.is_power_of_two() && (512..=2 << 20).contains(size));
-    let Some(block_size) = block_size else {
-        return Err(Error::generic("parameter logical-block-size must be a power of 2 between 512 and 2097152"));
-    };
-    if options.num_queues == 0 {
-        return Err(Error::generic("num-queues must be greater than 0"));
-    }
-    if options.num_queues > MAX_QUEUES {
-        return Err(Error::generic(format!("num-queues must not be greater than {MAX_QUEUES}")));
-    }
-    let mut serial = [0; ID_LEN];
-    let text = options.serial.as_deref().unwrap_or(SERIAL).as_bytes();
-    let Some(place) = serial.get_mut(..text.len()) else {
-        return Err(Error::generic(format!("serial must not be longer than {ID_LEN} bytes")));
-    };
-    place.copy_from_slice(text);
+    let block_size = options::block_size(options.logical_block_size)?;
+    options::check_queues(options.num_queues)?;
+    let serial = options::serial(options.serial.as_deref().unwrap_or(SERIAL))?;
     let threads = params.serving_threads()?;
     let listeners = socket::listen(&options.addr).await?;
     let ExportParams { id, writable, disk, .. } = params;

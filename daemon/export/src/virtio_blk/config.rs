@@ -20,6 +20,8 @@ pub(crate) mod feature {
     /// There are protocol features; of vhost-user, not of virtio.
     pub const PROTOCOL: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    /// Addresses are those that the platform has translated.
+    pub const ACCESS_PLATFORM: u64 = 1 << 33;
 }
 
 /// Bytes of a sector, the unit of virtio's addresses.

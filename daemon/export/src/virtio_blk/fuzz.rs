@@ -59,7 +59,8 @@ pub fn fuzz_virtqueue(bytes: &[u8]) {
             let Ok(mut ring) = Ring::new(&guest.memory, &at, SIZE, 0, features) else { unreachable!("it lies there") };
             let limits = Limits { writable, block_size: 512 };
             for turn in 0..2 * SIZE {
-                let Ok(Some(chain)) = ring.pop() else { break };
+                let Ok(Some(head)) = ring.pop() else { break };
+                let Ok(chain) = ring.collect(head) else { break };
                 let Ok(request) = request::parse(&mut ring, chain, limits) else { break };
                 assert_eq!(request.status.len(), 1);
                 match &request.command {
@@ -94,7 +95,7 @@ pub fn fuzz_inflight(bytes: &[u8]) {
     WORLD.with(|guest| {
         guest.fill(bytes);
         assert!(queue_len(SIZE) < guest.map.len());
-        let Some(mut inflight) = Inflight::new(&guest.map, 0, SIZE) else { unreachable!("there is room") };
+        let Some(mut inflight) = Inflight::new(&guest.map, 0, 0, SIZE) else { unreachable!("there is room") };
         let used = bytes.last().map_or(0, |byte| u16::from(*byte));
         if let Ok(Some(resume)) = inflight.resume(used) {
             assert_eq!(usize::from(resume.base.wrapping_sub(used)), resume.heads.len());

@@ -55,10 +55,10 @@ pub(crate) struct Resume {
 }
 
 impl Inflight {
-    /// The part of queue `index`, if the region has one for it.
-    pub(crate) fn new(map: &Arc<Mapping>, index: usize, size: u16) -> Option<Self> {
+    /// The part of queue `index`, if the region, which begins at `start`, has one for it.
+    pub(crate) fn new(map: &Arc<Mapping>, start: usize, index: usize, size: u16) -> Option<Self> {
         let len = queue_len(size);
-        let window = map.window(index.checked_mul(len)?, len)?;
+        let window = map.window(index.checked_mul(len)?.checked_add(start)?, len)?;
         Some(Self { window, size, counter: 0 })
     }
 
@@ -152,6 +152,11 @@ impl Inflight {
             BACK => Some(false),
             _ => None,
         }
+    }
+
+    /// Forgets all requests: the part is as a new one.
+    pub(crate) fn clear(&self) {
+        self.window.clear();
     }
 
     /// Whether the memory was taken away.

@@ -1,9 +1,10 @@
 //! A virtio block device, whatever carries it to its driver: `[virtio 1.2]` is the OASIS standard. Each transport
-//! ([`vhost_user_blk`](crate::vhost_user_blk)) says where rings and memory lie and how an interrupt is
+//! ([`vhost_user_blk`](crate::vhost_user_blk), [`vduse`](crate::vduse)) says where rings and memory lie and how an interrupt is
 //! raised; the rest is here.
 //!
 //! | module | noun |
 //! | --- | --- |
+//! | `options` | what the user says of it |
 //! | `config` | features and configuration space |
 //! | `ring` | a virtqueue in the guest's memory |
 //! | `request` | one request against the disk |
@@ -17,6 +18,7 @@
 pub(crate) mod config;
 pub(crate) mod inflight;
 pub(crate) mod log;
+pub(crate) mod options;
 pub(crate) mod queue;
 pub(crate) mod request;
 pub(crate) mod ring;

@@ -50,10 +50,19 @@ impl Interrupt for Bell {
     }
 }
 
+/// Where memory comes from that the guest has made known to somebody else, who is asked when it is needed.
+pub(crate) trait MemorySource: Send + Sync + std::fmt::Debug {
+    /// The memory as it is now, if there is more of it than in `known`. Must not wait.
+    fn more(&self, known: &Arc<GuestMemory>) -> Option<Arc<GuestMemory>>;
+}
+
 /// What a ring is started with.
 pub(crate) struct Setup {
     pub ring: Ring,
+    /// Where the ring lies.
+    pub at: RingAddresses,
     pub memory: Arc<GuestMemory>,
+    pub source: Option<Arc<dyn MemorySource>>,
     pub inflight: Option<Inflight>,
     /// Requests that a former daemon left unfinished.
     pub left: Vec<u16>,
@@ -72,6 +81,8 @@ pub(crate) enum Change {
     /// The guest's memory, and where the ring lies, are these from now on.
     Memory(Arc<GuestMemory>, RingAddresses),
     Log(Option<Arc<DirtyLog>>),
+    /// None: tell the next entry of the available ring.
+    Where(oneshot::Sender<u16>),
     /// Take nothing more, and end when all is done.
     Stop,
 }
@@ -117,7 +128,7 @@ impl Look for Place {
 
 /// Runs a ring until it ends.
 pub(crate) async fn run(setup: Setup, orders: mpsc::UnboundedReceiver<Order>) -> Ended {
-    let Setup { ring, memory, inflight, left, log, enabled, kick, call, shared } = setup;
+    let Setup { ring, at, memory, source, inflight, left, log, enabled, kick, call, shared } = setup;
     let kick = kick.and_then(|fd| Doorbell::new(fd).ok());
     let place = Rc::new(Place { ring: RefCell::new(ring), idle: Cell::new(false) });
     let start = |request: Request| {
@@ -138,7 +149,9 @@ pub(crate) async fn run(setup: Setup, orders: mpsc::UnboundedReceiver<Order>) ->
     orders_waker.wake_by_ref();
     let mut queue = Queue {
         place: Rc::clone(&place),
+        at,
         memory,
+        source,
         inflight,
         left: left.into(),
         log,
@@ -164,7 +177,9 @@ pub(crate) async fn run(setup: Setup, orders: mpsc::UnboundedReceiver<Order>) ->
 
 struct Queue<F, S> {
     place: Rc<Place>,
+    at: RingAddresses,
     memory: Arc<GuestMemory>,
+    source: Option<Arc<dyn MemorySource>>,
     inflight: Option<Inflight>,
     left: std::collections::VecDeque<u16>,
     log: Option<Arc<DirtyLog>>,
@@ -278,15 +293,16 @@ where
                 Change::Kick(kick) => self.kick = kick.and_then(|fd| Doorbell::new(fd).ok()),
                 Change::Call(call) => self.call = call,
                 Change::Memory(memory, at) => {
-                    let result = self.place.ring.borrow_mut().relocate(&memory, &at);
-                    let former = std::mem::replace(&mut self.memory, memory);
-                    self.former.push(former);
-                    if let Err(broken) = result {
+                    self.at = at;
+                    if let Err(broken) = self.relocate(memory) {
                         self.running = false;
                         self.broken.get_or_insert(broken);
                     }
                 }
                 Change::Log(log) => self.log = log,
+                Change::Where(tell) => {
+                    let _ = tell.send(self.place.ring.borrow().next_available());
+                }
                 Change::Stop => self.running = false,
             }
             // Who asked may have gone.
@@ -294,23 +310,41 @@ where
         }
     }
 
+    /// Goes on in another memory, while requests may still point into this one.
+    fn relocate(&mut self, memory: Arc<GuestMemory>) -> Result<(), Broken> {
+        let result = self.place.ring.borrow_mut().relocate(&memory, &self.at);
+        let former = std::mem::replace(&mut self.memory, memory);
+        self.former.push(former);
+        result
+    }
+
+    /// Takes the chain of a request; where it leads out of the memory, of which there may be more by now, once more.
+    fn collect(&mut self, head: u16) -> Result<Chain, Broken> {
+        let result = self.place.ring.borrow_mut().collect(head);
+        let more = match (&result, &self.source) {
+            (Err(Broken::OUTSIDE), Some(source)) => source.more(&self.memory),
+            _ => None,
+        };
+        let Some(more) = more else { return result };
+        self.relocate(more)?;
+        self.place.ring.borrow_mut().collect(head)
+    }
+
     fn take_requests(&mut self, turn: &mut usize) -> Result<(), Broken> {
         self.place.ring.borrow_mut().mute();
         while !self.slots.is_full() && *turn < TURN {
-            let request = {
-                let mut ring = self.place.ring.borrow_mut();
-                let chain = match self.left.pop_front() {
-                    Some(head) => ring.collect(head)?,
-                    None => match ring.pop()? {
-                        Some(chain) => chain,
-                        None => return Ok(()),
-                    },
-                };
-                if let Some(inflight) = &mut self.inflight {
-                    inflight.started(chain.head);
-                }
-                request::parse(&mut ring, chain, self.shared.limits)?
+            let head = match self.left.pop_front() {
+                Some(head) => head,
+                None => match self.place.ring.borrow_mut().pop()? {
+                    Some(head) => head,
+                    None => return Ok(()),
+                },
             };
+            let chain = self.collect(head)?;
+            if let Some(inflight) = &mut self.inflight {
+                inflight.started(chain.head);
+            }
+            let request = request::parse(&mut self.place.ring.borrow_mut(), chain, self.shared.limits)?;
             *turn += 1;
             if let Some(done) = self.slots.start((self.start)(request)) {
                 self.done(done);

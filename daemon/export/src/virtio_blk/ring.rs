@@ -36,9 +36,14 @@ impl fmt::Display for Broken {
     }
 }
 
+impl Broken {
+    /// An address that is none of the memory's, as far as it is known.
+    pub(crate) const OUTSIDE: Self = Self("a descriptor points outside of the guest's memory");
+}
+
 impl From<BadAddress> for Broken {
     fn from(_: BadAddress) -> Self {
-        Self("a descriptor points outside of the guest's memory")
+        Self::OUTSIDE
     }
 }
 
@@ -200,21 +205,21 @@ impl Ring {
         self.available.load_u16(2) != self.next_available
     }
 
-    /// Takes the next request.
+    /// Takes the number of the next request, to be collected.
     ///
     /// # Errors
     /// The ring is broken.
-    pub(crate) fn pop(&mut self) -> Result<Option<Chain>, Broken> {
+    pub(crate) fn pop(&mut self) -> Result<Option<u16>, Broken> {
         if !self.has_available()? {
             return Ok(None);
         }
         let slot = usize::from(self.next_available & (self.size - 1));
         let head = self.available.load_u16(RING_HEAD + 2 * slot);
         self.next_available = self.next_available.wrapping_add(1);
-        self.collect(head).map(Some)
+        Ok(Some(head))
     }
 
-    /// Takes a request whose number is known from before.
+    /// Collects the request of this number.
     ///
     /// # Errors
     /// The ring is broken.

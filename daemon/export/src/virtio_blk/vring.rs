@@ -2,7 +2,7 @@
 
 use super::inflight::{Inflight, queue_len};
 use super::log::DirtyLog;
-use super::queue::{self, Change, Ended, Interrupt, Order, Setup, Shared};
+use super::queue::{self, Change, Ended, Interrupt, MemorySource, Order, Setup, Shared};
 use super::ring::{Broken, Ring, RingAddresses, RingFeatures};
 use buf::{GuestMemory, Mapping};
 use io::{Bell, IoThread};
@@ -14,6 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 #[derive(Clone, Debug)]
 pub(crate) struct InflightRegion {
     pub map: Arc<Mapping>,
+    /// Where the part of the first queue begins.
+    pub start: usize,
     pub queues: u16,
     pub queue_size: u16,
 }
@@ -24,17 +26,20 @@ impl InflightRegion {
         u64::from(queues).saturating_mul(u64::try_from(queue_len(queue_size)).unwrap_or(u64::MAX))
     }
 
-    fn queue(&self, index: usize) -> Option<Inflight> {
+    /// The part of a queue.
+    pub(crate) fn queue(&self, index: usize) -> Option<Inflight> {
         if index >= usize::from(self.queues) {
             return None;
         }
-        Inflight::new(&self.map, index, self.queue_size)
+        Inflight::new(&self.map, self.start, index, self.queue_size)
     }
 }
 
 /// What a ring needs of its device when it starts.
 pub(crate) struct Surroundings<'a> {
     pub memory: &'a Arc<GuestMemory>,
+    /// Where more of it may come from.
+    pub source: Option<&'a Arc<dyn MemorySource>>,
     pub features: RingFeatures,
     /// Rings run without being enabled.
     pub always_enabled: bool,
@@ -107,6 +112,13 @@ impl Vring {
         self.change(Change::Log(log)).await;
     }
 
+    /// The next entry of the available ring.
+    pub(crate) async fn position(&self) -> u16 {
+        let (tell, told) = oneshot::channel();
+        self.change(Change::Where(tell)).await;
+        told.await.unwrap_or(self.base)
+    }
+
     /// Notes for a successor of this process whether writes are written through.
     pub(crate) fn note_through(&self, through: bool) {
         if let Some(note) = self.running.as_ref().and_then(|running| running.note.as_ref()) {
@@ -143,13 +155,19 @@ impl Vring {
             ring = Ring::new(around.memory, &at, size, resume.base, around.features)?;
             left = resume.heads;
             noted = inflight.noted_through();
+            // What the former process showed to the guest it may not have told it.
+            if let Some(call) = &self.call {
+                call.raise();
+            }
         }
         tracing::debug!(target: "virtio_blk_ring_start", index, size, base = ring.next_available(), resumed = left.len());
         let (orders, taken) = mpsc::unbounded_channel();
         let (tell, ended) = oneshot::channel();
         let setup = Setup {
             ring,
+            at,
             memory: Arc::clone(around.memory),
+            source: around.source.cloned(),
             inflight,
             left,
             log: around.log.clone(),

@@ -109,6 +109,25 @@ pub struct BlockExportOptionsVhostUserBlk {
     pub serial: Option<String>,
 }
 
+/// A VDUSE export: a virtio block device of this machine's kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
+#[qapi(since = "7.1")]
+pub struct BlockExportOptionsVduseBlk {
+    /// The name of the device on the vDPA bus and in `/dev/vduse`.
+    pub name: String,
+    /// The number of queues, 1 at least and 256 at most.
+    #[qapi(default = 1)]
+    pub num_queues: u16,
+    /// The most entries of a queue: a power of two, more than 2 and 1024 at most.
+    #[qapi(default = 256)]
+    pub queue_size: u16,
+    /// The bytes of a block: a power of two, 512 at least and 2 MiB at most.
+    #[qapi(default = 512)]
+    pub logical_block_size: u64,
+    /// The serial number that the driver sees, 20 bytes at most; none when left out.
+    pub serial: Option<String>,
+}
+
 /// Exports a node over NBD; `block-export-add` does the same and more.
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(command = "nbd-server-add", since = "1.3", deprecated)]
@@ -243,6 +262,8 @@ pub enum BlockExportVariant {
     VhostUserBlk(BlockExportOptionsVhostUserBlk),
     /// A file, through FUSE.
     Fuse(BlockExportOptionsFuse),
+    /// A block device of this machine, or of a virtual machine, through the kernel's vDPA bus.
+    VduseBlk(BlockExportOptionsVduseBlk),
 }
 
 /// Removes an export. It is gone when the event `BLOCK_EXPORT_DELETED` says so.
