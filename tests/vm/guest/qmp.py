@@ -12,7 +12,7 @@ class Qmp:
         self.f.readline()
         self.command("qmp_capabilities")
 
-    def command(self, name, **arguments):
+    def command(self, name, /, **arguments):
         """What it returns; the error's text."""
         print(json.dumps({"execute": name, "arguments": arguments}), file=self.f, flush=True)
         while "event" in (answer := json.loads(self.f.readline())):
