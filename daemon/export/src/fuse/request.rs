@@ -166,7 +166,8 @@ fn read(body: &Fields<'_>) -> Option<Operation> {
 }
 
 fn write(body: &Fields<'_>, data: usize) -> Option<Operation> {
-    let (at, len) = span(body)?;
+    // Its data come after the whole fixed part, or there are none.
+    let (at, len) = span(&Fields(body.0.get(..WRITE_IN)?))?;
     (usize::try_from(len).ok()? == data).then_some(Operation::Write { at, len })
 }
 
@@ -235,6 +236,8 @@ pub(super) mod tests {
         let short = raw(opcode::READ, 7, &[0; 8]);
         let found = parse_parts(short.first_chunk().unwrap(), &fixed, 0);
         assert_eq!(found, Some(lies), "what was there before is not looked at");
+        let cut = raw(opcode::WRITE, 7, &[0; 20]);
+        assert_eq!(parse_parts(cut.first_chunk().unwrap(), &fixed, 0), Some(lies), "half a fixed part");
         let unasked = raw(opcode::GETATTR, 0, &[]);
         assert_eq!(parse_parts(unasked.first_chunk().unwrap(), &fixed, 0), None);
     }
