@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod fuse;
+mod lifetime;
 pub mod nbd;
 mod slots;
 pub mod vduse;

@@ -11,6 +11,7 @@ use super::reply::Reply;
 use super::session::{self, End};
 use super::transport::{Rings, Transport};
 use super::wire::MAX_TRANSFER;
+use crate::lifetime::{Inside, Lifetime};
 use crate::{Closed, Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
 use block::perm::Bits;
@@ -78,23 +79,17 @@ impl FuseDriver {
             Some(number) => self.take_passed(number)?,
             None => self.mount(params.writable).await?,
         };
-        let closing = watch::Sender::new(false);
+        let lifetime = Lifetime::new();
         let file = File::new(FileOptions {
             disk: params.disk.clone(),
             writable: params.writable,
             growable: self.growable,
             shared: mounted.shared,
             resize: params.resize,
-            closing: closing.subscribe(),
+            closing: lifetime.watch(),
             owner: (Uid::current().as_raw(), Gid::current().as_raw()),
         });
-        let export = Arc::new(FuseExport {
-            id: params.id,
-            disk: params.disk,
-            closing,
-            running: watch::Sender::new(0),
-            rings: Arc::default(),
-        });
+        let export = Arc::new(FuseExport { id: params.id, disk: params.disk, lifetime, rings: Arc::default() });
         match export.serve(mounted, Arc::new(file), &threads).await {
             Ok(()) => Ok(export),
             Err(error) => {
@@ -172,9 +167,8 @@ fn mount_options(writable: bool, shared: bool) -> String {
 pub struct FuseExport {
     id: String,
     disk: Disk,
-    closing: watch::Sender<bool>,
-    /// The tasks that are not done: one or two a thread, and the one that ends them.
-    running: watch::Sender<usize>,
+    /// With the tasks inside: one or two a thread, and the one that ends them.
+    lifetime: Lifetime,
     rings: Arc<Rings>,
 }
 
@@ -189,7 +183,7 @@ pub(crate) struct Serving {
 impl Clone for Serving {
     fn clone(&self) -> Self {
         let (file, stop, reason) = (self.file(), self.stop(), self.reason.clone());
-        Self { task: Task::new(&self.task.0), file, stop, reason }
+        Self { task: Task::new(&self.task.export), file, stop, reason }
     }
 }
 
@@ -205,12 +199,12 @@ impl Serving {
 
     /// Where requests come over rings.
     pub(crate) fn rings(&self) -> Arc<Rings> {
-        Arc::clone(&self.task.0.rings)
+        Arc::clone(&self.task.export.rings)
     }
 
     /// A task takes no more requests: without its having been told to, the export ends.
     pub(crate) fn ended(&self, end: End) {
-        let export = &self.task.0;
+        let export = &self.task.export;
         if end != End::Stopped && !export.is_shutting_down() {
             tracing::warn!(target: "fuse_ended", export = export.id, reason = ?end, "the mount of a FUSE export has gone");
             self.reason.send_replace(end);
@@ -219,19 +213,15 @@ impl Serving {
     }
 }
 
-/// Counts a task of an export for as long as it lives.
-struct Task(Arc<FuseExport>);
+/// A task of an export.
+struct Task {
+    export: Arc<FuseExport>,
+    _inside: Inside,
+}
 
 impl Task {
     fn new(export: &Arc<FuseExport>) -> Self {
-        export.running.send_modify(|n| *n += 1);
-        Self(Arc::clone(export))
-    }
-}
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.running.send_modify(|n| *n = n.saturating_sub(1));
+        Self { export: Arc::clone(export), _inside: export.lifetime.enter() }
     }
 }
 
@@ -300,11 +290,11 @@ struct Ending {
 impl Ending {
     /// Tells the kernel of changes until the export is to end, and ends it then.
     async fn run(mut self, task: Task) {
-        let mut closing = task.0.closing.subscribe();
+        let mut closing = std::pin::pin!(task.export.lifetime.ending());
         loop {
             tokio::select! {
                 biased;
-                _ = closing.wait_for(|closing| *closing) => break,
+                () = &mut closing => break,
                 Ok(()) = self.look.changed() => {
                     // A kernel that does not take it asks by itself after a while.
                     let _ = FuseDevice::notify(self.device.as_fd(), Reply::attributes_changed().bytes());
@@ -322,8 +312,7 @@ impl Ending {
         self.stop.send_replace(true);
         drop(self.device);
         // The place is free when the last descriptor is closed, which is when the other tasks have ended.
-        let mut running = task.0.running.subscribe();
-        let _ = running.wait_for(|running| *running <= 1).await;
+        task.export.lifetime.at_most(1).await;
         drop(self.place);
         drop(task);
     }
@@ -352,19 +341,14 @@ impl Export for FuseExport {
     }
 
     fn is_shutting_down(&self) -> bool {
-        *self.closing.borrow()
+        self.lifetime.is_ending()
     }
 
     fn request_shutdown(&self) {
-        self.closing.send_replace(true);
+        self.lifetime.end();
     }
 
     fn closed(&self) -> Closed {
-        let (mut closing, mut running) = (self.closing.subscribe(), self.running.subscribe());
-        Box::pin(async move {
-            // An error means that the export is gone, with all its tasks.
-            let _ = closing.wait_for(|closing| *closing).await;
-            let _ = running.wait_for(|running| *running == 0).await;
-        })
+        self.lifetime.ended()
     }
 }

@@ -4,6 +4,7 @@ use super::metacontext::Contexts;
 use super::negotiate::{BlockSizes, Offer};
 use super::server::NbdServer;
 use super::wire::MAX_PAYLOAD;
+use crate::lifetime::{Inside, Lifetime};
 use crate::{Closed, Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
 use block::perm::Bits;
@@ -12,7 +13,7 @@ use io::IoThread;
 use qapi::Result;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::OwnedSemaphorePermit;
 
 /// What an export is made from. The disk needs what [`NbdExport::permissions`] says.
 #[derive(Debug)]
@@ -74,8 +75,8 @@ pub struct NbdExport {
     options: NbdExportOptions,
     /// The thread that the next client gets.
     next: AtomicUsize,
-    clients: watch::Sender<usize>,
-    closing: watch::Sender<bool>,
+    /// With the clients inside.
+    lifetime: Lifetime,
 }
 
 impl NbdExport {
@@ -87,8 +88,7 @@ impl NbdExport {
     }
 
     pub(crate) fn new(options: NbdExportOptions) -> Self {
-        let (clients, closing) = (watch::Sender::new(0), watch::Sender::new(false));
-        Self { options, next: AtomicUsize::new(0), clients, closing }
+        Self { options, next: AtomicUsize::new(0), lifetime: Lifetime::new() }
     }
 
     /// The name that clients ask for.
@@ -127,8 +127,7 @@ impl NbdExport {
         if self.is_shutting_down() {
             return None;
         }
-        self.clients.send_modify(|n| *n += 1);
-        Some(Client { export: Arc::clone(self), _permit: permit })
+        Some(Client { export: Arc::clone(self), _permit: permit, _inside: self.lifetime.enter() })
     }
 
     /// The thread for the next client, none for the server's own.
@@ -153,24 +152,19 @@ impl Export for NbdExport {
     }
 
     fn clients(&self) -> usize {
-        *self.clients.borrow()
+        self.lifetime.inside()
     }
 
     fn is_shutting_down(&self) -> bool {
-        *self.closing.borrow()
+        self.lifetime.is_ending()
     }
 
     fn request_shutdown(&self) {
-        self.closing.send_replace(true);
+        self.lifetime.end();
     }
 
     fn closed(&self) -> Closed {
-        let (mut closing, mut clients) = (self.closing.subscribe(), self.clients.subscribe());
-        Box::pin(async move {
-            // An error means that the export is gone, with all its clients.
-            let _ = closing.wait_for(|closing| *closing).await;
-            let _ = clients.wait_for(|clients| *clients == 0).await;
-        })
+        self.lifetime.ended()
     }
 }
 
@@ -179,6 +173,7 @@ impl Export for NbdExport {
 pub(crate) struct Client {
     export: Arc<NbdExport>,
     _permit: Option<OwnedSemaphorePermit>,
+    _inside: Inside,
 }
 
 impl Client {
@@ -188,15 +183,6 @@ impl Client {
 
     /// Waits until the export sends its clients away.
     pub(crate) fn closing(&self) -> impl Future<Output = ()> + 'static {
-        let mut closing = self.export.closing.subscribe();
-        async move {
-            let _ = closing.wait_for(|closing| *closing).await;
-        }
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        self.export.clients.send_modify(|n| *n = n.saturating_sub(1));
+        self.export.lifetime.ending()
     }
 }

@@ -1,6 +1,7 @@
 //! [`VhostUserBlkExport`]: a socket on which one front-end after the other gets a disk.
 
 use super::device::{Device, Parts};
+use crate::lifetime::Lifetime;
 use crate::virtio_blk::config::Geometry;
 use crate::virtio_blk::options;
 use crate::virtio_blk::queue::Shared;
@@ -14,7 +15,7 @@ use qapi::types::export::BlockExportOptionsVhostUserBlk;
 use qapi::types::sockets::SocketAddressVariant;
 use qapi::{Error, Result};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -46,10 +47,10 @@ impl ExportDriver for VhostUserBlkDriver<'_> {
 pub struct VhostUserBlkExport {
     id: String,
     disk: Disk,
-    clients: watch::Sender<usize>,
-    closing: watch::Sender<bool>,
-    /// False when nothing is left of it.
-    open: watch::Sender<bool>,
+    /// A front-end is there.
+    connected: AtomicBool,
+    /// With the task inside that serves.
+    lifetime: Lifetime,
 }
 
 async fn start(options: &BlockExportOptionsVhostUserBlk, params: ExportParams) -> Result<Arc<VhostUserBlkExport>> {
@@ -78,18 +79,12 @@ async fn start(options: &BlockExportOptionsVhostUserBlk, params: ExportParams) -
         writeback: watch::Sender::new(!disk.is_writethrough()),
         resized,
     };
-    let export = Arc::new(VhostUserBlkExport {
-        id,
-        disk,
-        clients: watch::Sender::new(0),
-        closing: watch::Sender::new(false),
-        open: watch::Sender::new(true),
-    });
-    let this = Arc::clone(&export);
+    let export =
+        Arc::new(VhostUserBlkExport { id, disk, connected: AtomicBool::new(false), lifetime: Lifetime::new() });
+    let (this, inside) = (Arc::clone(&export), export.lifetime.enter());
     tokio::task::spawn_local(async move {
         serve(listeners, &this, &parts).await;
-        drop(parts);
-        this.open.send_replace(false);
+        drop((parts, this, inside));
     });
     Ok(export)
 }
@@ -110,10 +105,10 @@ async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Pa
             }
         };
         short = false;
-        export.clients.send_replace(1);
+        export.connected.store(true, Ordering::Relaxed);
         tracing::debug!(target: "vhost_user_blk_connected", export = export.id);
-        let result = Device::new(parts, socket).run(export.wait_closing()).await;
-        export.clients.send_replace(0);
+        let result = Device::new(parts, socket).run(export.lifetime.ending()).await;
+        export.connected.store(false, Ordering::Relaxed);
         match result {
             Ok(()) => tracing::debug!(target: "vhost_user_blk_left", export = export.id, "front-end left"),
             Err(error) => {
@@ -138,18 +133,8 @@ async fn next_client(
     });
     tokio::select! {
         biased;
-        () = export.wait_closing() => None,
+        () = export.lifetime.ending() => None,
         accepted = any => Some(accepted),
-    }
-}
-
-impl VhostUserBlkExport {
-    fn wait_closing(&self) -> impl Future<Output = ()> + use<> {
-        let mut closing = self.closing.subscribe();
-        async move {
-            // An error means that the export is gone.
-            let _ = closing.wait_for(|closing| *closing).await;
-        }
     }
 }
 
@@ -167,22 +152,18 @@ impl Export for VhostUserBlkExport {
     }
 
     fn clients(&self) -> usize {
-        *self.clients.borrow()
+        usize::from(self.connected.load(Ordering::Relaxed))
     }
 
     fn is_shutting_down(&self) -> bool {
-        *self.closing.borrow()
+        self.lifetime.is_ending()
     }
 
     fn request_shutdown(&self) {
-        self.closing.send_replace(true);
+        self.lifetime.end();
     }
 
     fn closed(&self) -> Closed {
-        let (mut closing, mut open) = (self.closing.subscribe(), self.open.subscribe());
-        Box::pin(async move {
-            let _ = closing.wait_for(|closing| *closing).await;
-            let _ = open.wait_for(|open| !*open).await;
-        })
+        self.lifetime.ended()
     }
 }
