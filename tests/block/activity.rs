@@ -164,3 +164,28 @@ fn children_and_threads_of_nodes() {
     assert!(text.starts_with("Node f is associated with a BlockBackend"), "{text}");
     qmp.ok("x-blockdev-set-iothread", json!({"node-name": "f", "iothread": Value::Null, "force": true}));
 }
+
+/// A file in memory stays in memory, whatever it is asked to do.
+#[test]
+fn what_stays_in_the_page_cache_is_told_where_it_is_asked_for() {
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let lasting = memory.path().join("lasting.img").display().to_string();
+    std::fs::write(&lasting, vec![1; 1 << 20]).unwrap();
+    let daemon = idle();
+    let image = std::fs::OpenOptions::new().write(true).open(daemon.path("a.img")).unwrap();
+    std::io::Write::write_all(&mut &image, &vec![1; 1 << 20]).unwrap();
+    image.sync_all().unwrap();
+    let mut qmp = daemon.qmp();
+    let checked = |name: &str, path: &str, check: bool| json!({"driver": "file", "node-name": name, "filename": path, "x-check-cache-dropped": check});
+    qmp.ok("blockdev-add", checked("f", "a.img", true));
+    qmp.ok("blockdev-add", checked("m", &lasting, true));
+    for name in ["f", "m"] {
+        set_active(&mut qmp, name, false);
+    }
+    set_active(&mut qmp, "f", true);
+    let text = qmp.refused("blockdev-set-active", json!({"node-name": "m", "active": true}));
+    assert_eq!(text, "page cache still in use!");
+    assert_eq!(is_active(&mut qmp, "m"), false);
+    qmp.ok("blockdev-reopen", json!({"options": [checked("m", &lasting, false)]}));
+    set_active(&mut qmp, "m", true);
+}

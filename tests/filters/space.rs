@@ -122,3 +122,49 @@ fn space_is_reserved_for_a_format_and_given_back() {
         tools::ok("qemu-img", ["check", "-q", &path]);
     }
 }
+
+/// The reference does not let an option go back to its default, so the test gives both each time and takes them away at last.
+#[test]
+fn what_is_reserved_changes_while_a_client_writes() {
+    let daemon = Setup::new().qmp().nbd_server().start();
+    let mut qmp = daemon.qmp();
+    let image = qcow2(&daemon, "q", "64M");
+    let with = |size: u64, align: u64| {
+        let mut node = json!({ "driver": "preallocate", "node-name": "p", "file": "f" });
+        if size > 0 {
+            node["prealloc-size"] = json!(size);
+            node["prealloc-align"] = json!(align);
+        }
+        node
+    };
+    let mut file = image["file"].clone();
+    file["node-name"] = json!("f");
+    qmp.ok("blockdev-add", file);
+    qmp.ok("blockdev-add", with(MIB, 512));
+    qmp.ok("blockdev-add", json!({ "driver": "qcow2", "node-name": "q", "file": "p" }));
+    qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "q", "writable": true }));
+    let path = daemon.path("q");
+    let len = || std::fs::metadata(&path).unwrap().len();
+    let uri = daemon.uri("q");
+    tools::qemu_io(&uri, &["write -P 1 0 64k"]);
+    assert!((MIB..3 * MIB).contains(&len()), "{}", len());
+
+    let text = qmp.refused("blockdev-reopen", json!({ "options": [with(16 * MIB, 3)] }));
+    assert_eq!(text, "prealloc-align parameter of preallocate filter is not aligned to 512");
+    let mut negative = with(MIB, 512);
+    negative["prealloc-size"] = json!(-1);
+    let text = qmp.refused("blockdev-reopen", json!({ "options": [negative] }));
+    assert_eq!(text, "Value '-1' is out of range for parameter 'prealloc-size'");
+
+    qmp.ok("blockdev-reopen", json!({ "options": [with(16 * MIB, 4 * MIB)] }));
+    tools::qemu_io(&uri, &["write -P 2 64k 2M", "read -P 1 0 64k", "read -P 2 64k 2M"]);
+    assert!(len() > 16 * MIB && len().is_multiple_of(4 * MIB), "{}", len());
+
+    // What was reserved goes; then comes as much as by default.
+    if !on_reference() {
+        qmp.ok("blockdev-reopen", json!({ "options": [with(0, 0)] }));
+        assert!(len() < 4 * MIB, "{}", len());
+        tools::qemu_io(&uri, &["write -P 3 4M 1M", "read -P 2 64k 2M", "read -P 3 4M 1M"]);
+        assert!(len() > 128 * MIB, "{}", len());
+    }
+}

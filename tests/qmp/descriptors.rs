@@ -214,6 +214,59 @@ fn named_sockets_become_character_devices() {
 }
 
 #[test]
+fn a_named_socket_for_datagrams_becomes_a_character_device() {
+    if on_reference() {
+        skip!("the reference has no getfd here");
+    }
+    let daemon = super::monitored();
+    let mut qmp = daemon.qmp();
+    let udp = |more: serde_json::Value| {
+        let mut data = json!({"remote": {"type": "fd", "data": {"str": "u"}}});
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"id": "c", "backend": {"type": "udp", "data": data}})
+    };
+    let (stream, _other) = UnixStream::pair().unwrap();
+    getfd(&mut qmp, "u", &stream);
+    let text = qmp.refused("chardev-add", udp(json!({})));
+    assert!(text.ends_with("is not a socket for datagrams"), "{text}");
+    let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let local = json!({"local": {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}});
+    getfd(&mut qmp, "u", &theirs);
+    assert_eq!(
+        qmp.refused("chardev-add", udp(local)),
+        "Failed to add chardev 'c': socket type unsupported for datagram"
+    );
+    getfd(&mut qmp, "u", &theirs);
+    qmp.ok("chardev-add", udp(json!({})));
+    drop(theirs);
+    assert_eq!(ours.send(b"to the device").unwrap(), 13);
+    qmp.ok("chardev-remove", json!({"id": "c"}));
+    wait_for("the device to let go", || ours.send(b"to nobody").is_err().then_some(()));
+}
+
+#[test]
+fn a_named_socket_serves_vhost_user() {
+    if on_reference() {
+        skip!("the reference has no getfd here");
+    }
+    let daemon = super::monitored();
+    let mut qmp = daemon.qmp();
+    qmp.ok("blockdev-add", json!({"driver": "null-co", "node-name": "disk", "size": 1 << 20}));
+    let add = json!({
+        "type": "vhost-user-blk", "id": "v", "node-name": "disk", "addr": {"type": "fd", "str": "l"}, "writable": true,
+    });
+    assert_eq!(qmp.refused("block-export-add", add.clone()), "File descriptor named 'l' has not been found");
+    let path = daemon.path("l.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    getfd(&mut qmp, "l", &listener);
+    drop(listener);
+    qmp.ok("block-export-add", add);
+    let mut front = tests::vhost::FrontEnd::connect(&path);
+    front.negotiate(u64::MAX, u64::MAX);
+    assert_eq!(qmp.refused("closefd", json!({"fdname": "l"})), "File descriptor named 'l' not found");
+}
+
+#[test]
 fn thousands_of_descriptors_leave_nothing() {
     if on_reference() {
         skip!("the reference has no getfd here");

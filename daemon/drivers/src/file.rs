@@ -31,10 +31,12 @@ use block::{
 use buf::IoBuf;
 use io::{BlockDevice, DirectAlign, Engine, File};
 use permissions::Locks;
+use qapi::types::block::BlockdevOptionsFile;
 use qapi::types::block_query::{
-    BlockStatsSpecificFile, BlockStatsSpecificVariant, ImageInfoSpecificFileWrapper, ImageInfoSpecificVariant,
+    BlockStatsSpecificFile, BlockStatsSpecificVariant, ImageInfoSpecificFile, ImageInfoSpecificFileWrapper,
+    ImageInfoSpecificVariant,
 };
-use qapi::{Error, Result};
+use qapi::{Error, Result, Size};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -63,18 +65,28 @@ struct Settings {
     writing: Writing,
     force_share: bool,
     direct: bool,
+    /// The page cache is dropped when another host may have changed the file.
     drop_cache: bool,
+    /// And it is an error if anything stays there.
+    check_dropped: bool,
     align: DirectAlign,
 }
 
 impl Settings {
-    fn new(node: &NodeOptions, drop_cache: bool, align: DirectAlign) -> Self {
+    fn new(node: &NodeOptions, options: &BlockdevOptionsFile, align: DirectAlign) -> Self {
         let writing = match (node.read_only, node.auto_read_only) {
             (true, _) => Writing::Never,
             (false, false) => Writing::Always,
             (false, true) => Writing::WhenNeeded,
         };
-        Self { writing, force_share: node.force_share, direct: node.direct, drop_cache, align }
+        Self {
+            writing,
+            force_share: node.force_share,
+            direct: node.direct,
+            drop_cache: options.drop_cache,
+            check_dropped: options.x_check_cache_dropped,
+            align,
+        }
     }
 }
 
@@ -139,6 +151,8 @@ pub struct FileDriver {
     engine: Engine,
     /// `aio=native` was asked for.
     native: bool,
+    /// Bytes; asked for once, for queries.
+    extent_size_hint: Option<u32>,
     /// Replaced with `file`, by the control task.
     settings: ArcSwap<Settings>,
     /// None once closed.
@@ -274,7 +288,8 @@ impl Driver for FileDriver {
     }
 
     async fn image_info(&self) -> ImageDetails {
-        let specific = Some(ImageInfoSpecificVariant::File(ImageInfoSpecificFileWrapper::default()));
+        let data = ImageInfoSpecificFile { extent_size_hint: self.extent_size_hint.map(|hint| Size(hint.into())) };
+        let specific = Some(ImageInfoSpecificVariant::File(ImageInfoSpecificFileWrapper { data }));
         ImageDetails { dirty: Some(false), specific, ..ImageDetails::default() }
     }
 
@@ -357,7 +372,15 @@ impl Driver for FileDriver {
         self.end.store(stat.size, Ordering::Relaxed);
         let settings = self.settings();
         if settings.drop_cache && !settings.direct && !matches!(self.medium, Medium::Char) {
+            // Dirty pages stay.
+            self.sync(&file).await.map_err(|errno| failed(errno.into()))?;
             file.drop_cache(0, 0).await.map_err(failed)?;
+            if settings.check_dropped {
+                let length = self.current_length().await.map_err(failed)?;
+                if file.is_cached(length).await.map_err(failed)? {
+                    return Err(Error::generic("page cache still in use!"));
+                }
+            }
         }
         Ok(())
     }

@@ -5,11 +5,14 @@
 //! reference: it reads as zeroes.
 
 use crate::filter::{self, len_of};
-use block::driver::Prealloc;
+use arc_swap::ArcSwap;
+use block::driver::{LocalFuture, Prealloc};
 use block::perm::Bits;
+use block::reopen::{NewOptions, Prepared, Reopen};
 use block::reservation::Reservations;
 use block::{Driver, Edge, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
+use qapi::types::block::BlockdevDriverOptions;
 use qapi::types::block_filters::BlockdevOptionsPreallocate;
 use qapi::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,13 +49,43 @@ struct State {
 #[derive(Debug)]
 pub struct Preallocate {
     file: Arc<Edge>,
-    options: BlockdevOptionsPreallocate,
-    align: u64,
-    size: u64,
+    /// Replaced by the control task, while nothing is in flight.
+    settings: ArcSwap<Settings>,
     /// Guards what is known; never across an await.
     state: Mutex<State>,
     /// Whoever makes the node below longer or shorter.
     growing: tokio::sync::Mutex<()>,
+}
+
+/// What the options ask for.
+#[derive(Clone, Copy, Debug)]
+struct Settings {
+    given_align: Option<i64>,
+    given_size: Option<i64>,
+    /// The node below ends at a multiple of this, in bytes.
+    align: u64,
+    /// What is reserved behind a write that makes it longer, in bytes.
+    size: u64,
+}
+
+impl Settings {
+    fn new(options: &BlockdevOptionsPreallocate) -> Result<Self> {
+        let number = |name: &str, value: i64| {
+            let range = |_| Error::generic(format!("Value '{value}' is out of range for parameter '{name}'"));
+            u64::try_from(value).map_err(range)
+        };
+        let (given_align, given_size) = (options.prealloc_align, options.prealloc_size);
+        let align = given_align.unwrap_or(DEFAULT_ALIGN);
+        let size = number("prealloc-size", given_size.unwrap_or(DEFAULT_SIZE))?;
+        let aligned = align % SECTOR == 0;
+        let align = number("prealloc-align", align)?.max(1);
+        if !aligned {
+            return Err(Error::generic(format!(
+                "prealloc-align parameter of preallocate filter is not aligned to {SECTOR}"
+            )));
+        }
+        Ok(Self { given_align, given_size, align, size })
+    }
 }
 
 /// Opens the child.
@@ -60,29 +93,42 @@ pub struct Preallocate {
 /// # Errors
 /// A size or an alignment out of range; those of the child.
 pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsPreallocate) -> Result<Preallocate> {
-    let number = |name: &str, value: i64| {
-        let range = |_| Error::generic(format!("Value '{value}' is out of range for parameter '{name}'"));
-        u64::try_from(value).map_err(range)
-    };
-    let align = options.prealloc_align.unwrap_or(DEFAULT_ALIGN);
-    let size = number("prealloc-size", options.prealloc_size.unwrap_or(DEFAULT_SIZE))?;
-    let aligned = align % SECTOR == 0;
-    let align = number("prealloc-align", align)?;
-    if !aligned {
-        return Err(Error::generic(format!(
-            "prealloc-align parameter of preallocate filter is not aligned to {SECTOR}"
-        )));
-    }
+    let settings = ArcSwap::from_pointee(Settings::new(options)?);
     let file = cx.child("file", Role::Filtered, &options.file).await?;
-    let state = Mutex::default();
-    Ok(Preallocate {
-        file,
-        options: options.clone(),
-        align: align.max(1),
-        size,
-        state,
-        growing: tokio::sync::Mutex::default(),
-    })
+    Ok(Preallocate { file, settings, state: Mutex::default(), growing: tokio::sync::Mutex::default() })
+}
+
+/// Settings that wait to be put in force.
+struct Waiting<'a> {
+    node: &'a Preallocate,
+    settings: Settings,
+}
+
+impl Reopen for Preallocate {
+    fn mutable(&self) -> &'static [&'static str] {
+        &["prealloc-align", "prealloc-size"]
+    }
+
+    fn prepare<'a>(&'a self, new: &'a NewOptions<'_>) -> LocalFuture<'a, Result<Box<dyn Prepared + 'a>>> {
+        Box::pin(async move {
+            let BlockdevDriverOptions::Preallocate(options) = new.driver else {
+                return Err(Error::generic("These are not the options of a preallocate node"));
+            };
+            let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting { node: self, settings: Settings::new(options)? });
+            Ok(waiting)
+        })
+    }
+}
+
+impl Prepared for Waiting<'_> {
+    /// Another node may be below from now on: what is reserved goes with the one that it was reserved in.
+    fn drained(&mut self) -> LocalFuture<'_, Result<()>> {
+        Box::pin(self.node.cut_back())
+    }
+
+    fn commit(self: Box<Self>) {
+        self.node.settings.store(Arc::new(self.settings));
+    }
 }
 
 /// Whether users with these permissions make the node below this one's own.
@@ -119,7 +165,8 @@ impl Preallocate {
         if end <= file {
             return;
         }
-        let wanted = end.saturating_add(self.size).checked_next_multiple_of(self.align);
+        let settings = **self.settings.load();
+        let wanted = end.saturating_add(settings.size).checked_next_multiple_of(settings.align);
         let Some(wanted) = wanted.filter(|wanted| *wanted <= block::node::MAX_LENGTH) else { return };
         let unit = u64::from(self.file.facts().request_align);
         let (from, to) = (file - file % unit, wanted.next_multiple_of(unit));
@@ -166,7 +213,8 @@ impl Driver for Preallocate {
     }
 
     fn filename(&self) -> String {
-        let given = [("prealloc-align", self.options.prealloc_align), ("prealloc-size", self.options.prealloc_size)];
+        let settings = **self.settings.load();
+        let given = [("prealloc-align", settings.given_align), ("prealloc-size", settings.given_size)];
         let given: Vec<_> = given.into_iter().filter_map(|(name, value)| Some((name, value?.into()))).collect();
         filter::describe("preallocate", &given, &[("file", &self.file)])
     }
@@ -220,6 +268,10 @@ impl Driver for Preallocate {
         }
         self.cut_back().await?;
         self.file.truncate(size, exact, prealloc).await
+    }
+
+    fn reopen(&self) -> Option<&dyn Reopen> {
+        Some(self)
     }
 
     fn reservations(&self) -> Option<&dyn Reservations> {

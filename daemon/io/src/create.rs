@@ -77,6 +77,14 @@ impl File {
         let fd = Arc::clone(&self.fd);
         Ok(pool::blocking(move || set_extent_size(&fd, bytes)).await??)
     }
+
+    /// By how many bytes at least the file system extends the file; none where it keeps no such hint, or the system has no
+    /// thread to ask.
+    pub async fn extent_size_hint(&self) -> Option<u32> {
+        let fd = Arc::clone(&self.fd);
+        let attributes = pool::blocking(move || attributes(&fd)).await.ok()?.ok()?;
+        (attributes.flags & HAS_EXTENT_SIZE != 0).then_some(attributes.extent_size)
+    }
 }
 
 /// Puts the names in the folder of `path` on stable storage.
@@ -100,10 +108,15 @@ fn set_nocow(fd: &Fd) -> Result<(), Errno> {
     Ok(())
 }
 
-fn set_extent_size(fd: &Fd, bytes: u32) -> Result<(), Errno> {
+fn attributes(fd: &Fd) -> Result<Attributes, Errno> {
     let mut attributes = Attributes::default();
     // SAFETY: the call writes one struct fsxattr through the pointer; the type has its layout.
     unsafe { calls::get_attributes(fd.raw(), &mut attributes) }?;
+    Ok(attributes)
+}
+
+fn set_extent_size(fd: &Fd, bytes: u32) -> Result<(), Errno> {
+    let mut attributes = attributes(fd)?;
     attributes.flags |= HAS_EXTENT_SIZE;
     attributes.extent_size = bytes;
     // SAFETY: the call reads one struct fsxattr through the pointer.

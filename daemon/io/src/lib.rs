@@ -27,6 +27,7 @@ pub mod keyring;
 mod lock;
 mod messages;
 pub mod mounter;
+mod page_cache;
 pub mod parport;
 mod polling;
 mod pool;

@@ -71,11 +71,23 @@ pub async fn connect(address: &SocketAddress) -> Result<OwnedFd> {
     .await
 }
 
-/// A socket for datagrams to and from `remote`, received at `local` or wherever the system likes.
+/// A socket for datagrams to and from `remote`, received at `local` or wherever the system likes; for a passed descriptor,
+/// the descriptor itself, which is connected and has its own place to receive at.
 ///
 /// # Errors
-/// An address cannot be resolved or used, or is not of the Internet; there is nothing like that for other addresses.
+/// An address cannot be resolved or used, or is of another kind; there is nothing like that for those. The descriptor is
+/// none for datagrams.
 pub async fn datagram(remote: &SocketAddress, local: Option<&SocketAddress>) -> Result<OwnedFd> {
+    if let (SocketAddressVariant::Fd(fd), None) = (&remote.addr, local) {
+        let [number] = passed_numbers(&fd.str)?[..] else {
+            return Err(Error::generic(format!("More than one file descriptor is called '{}'", fd.str)));
+        };
+        let socket = passed_socket(number)?;
+        return match getsockopt(&socket, sockopt::SockType) {
+            Ok(SockType::Datagram) => Ok(socket),
+            _ => Err(Error::generic(format!("File descriptor '{}' is not a socket for datagrams", fd.str))),
+        };
+    }
     let inet = |address: &SocketAddress| match &address.addr {
         SocketAddressVariant::Inet(inet) => Ok(inet.clone()),
         _ => Err(Error::generic("socket type unsupported for datagram")),

@@ -32,7 +32,7 @@ fn a_raw_node_over_a_file() {
     let BlockdevDriverOptions::Raw(raw) = &options.driver else { panic!("not raw") };
     let BlockdevRef::Definition(file) = &raw.file else { panic!("no definition") };
     let BlockdevDriverOptions::File(options) = &file.driver else { panic!("no file") };
-    assert_eq!((options.filename.as_str(), options.locking, options.drop_cache), ("/x", OnOffAuto::Off, true));
+    assert_eq!((options.filename.as_str(), options.locking, options.drop_cache), ("/x", Some(OnOffAuto::Off), true));
     assert_eq!(qapi::Variants::tag(&file.driver), BlockdevDriver::File);
     assert_eq!(
         error::<BlockdevOptions>(json!({"driver": "raw", "file": null})),

@@ -9,7 +9,6 @@ use qapi::types::chardev::{
     ChardevInfo, ChardevRemove, ChardevReturn, ChardevSendBreak, DataFormat, QueryChardev, QueryChardevBackends,
     RingbufRead, RingbufWrite,
 };
-use qapi::types::sockets::SocketAddressLegacyVariant;
 use qapi::{Error, Result, ResultExt};
 use std::os::fd::OwnedFd;
 
@@ -64,13 +63,13 @@ impl Control {
 
     /// What a device may not be told once others are served; and the socket that a client passed for it.
     fn prepare(&mut self, backend: &mut ChardevBackend) -> Result<Option<OwnedFd>> {
-        let ChardevBackendVariant::Socket(socket) = &mut backend.kind else { return Ok(None) };
-        if socket.data.server && socket.data.wait == Some(true) {
+        match &mut backend.kind {
             // Whoever asked would get no reply until then, and could not even ask to stop.
-            return Err(Error::generic("'wait' can only be on on the command line"));
-        }
-        match &mut socket.data.addr.addr {
-            SocketAddressLegacyVariant::Fd(fd) => self.descriptors.resolve(&mut fd.data),
+            ChardevBackendVariant::Socket(socket) if socket.data.server && socket.data.wait == Some(true) => {
+                Err(Error::generic("'wait' can only be on on the command line"))
+            }
+            ChardevBackendVariant::Socket(socket) => self.descriptors.resolve_legacy(&mut socket.data.addr),
+            ChardevBackendVariant::Udp(udp) => self.descriptors.resolve_legacy(&mut udp.data.remote),
             _ => Ok(None),
         }
     }

@@ -7,7 +7,9 @@
 use super::Control;
 use io::{FdSets, socket};
 use qapi::types::descriptors::{AddFd, AddfdInfo, Closefd, FdsetFdInfo, FdsetInfo, Getfd, QueryFdsets, RemoveFd};
-use qapi::types::sockets::FdSocketAddress;
+use qapi::types::sockets::{
+    FdSocketAddress, SocketAddress, SocketAddressLegacy, SocketAddressLegacyVariant, SocketAddressVariant,
+};
 use qapi::{Error, Result};
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -76,7 +78,22 @@ impl Descriptors {
     ///
     /// # Errors
     /// There is no such name, neither of this monitor nor from the service manager; or it is no socket.
-    pub fn resolve(&mut self, address: &mut FdSocketAddress) -> Result<Option<OwnedFd>> {
+    pub fn resolve_address(&mut self, address: &mut SocketAddress) -> Result<Option<OwnedFd>> {
+        match &mut address.addr {
+            SocketAddressVariant::Fd(fd) => self.resolve(fd),
+            _ => Ok(None),
+        }
+    }
+
+    /// The same, of the older form of an address.
+    pub fn resolve_legacy(&mut self, address: &mut SocketAddressLegacy) -> Result<Option<OwnedFd>> {
+        match &mut address.addr {
+            SocketAddressLegacyVariant::Fd(fd) => self.resolve(&mut fd.data),
+            _ => Ok(None),
+        }
+    }
+
+    fn resolve(&mut self, address: &mut FdSocketAddress) -> Result<Option<OwnedFd>> {
         if self.caller.is_none() || address.str.parse::<i32>().is_ok() {
             return Ok(None);
         }

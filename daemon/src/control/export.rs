@@ -20,7 +20,6 @@ use qapi::types::export::{
     BlockExportTransport, BlockExportType, BlockExportVariant, FuseExportAllowOther, NbdServerAddOptions,
     NbdServerOptions, NbdServerOptionsLegacy, NbdServerRemove, NbdServerStop, QueryBlockExports, XBlockExportResume,
 };
-use qapi::types::sockets::SocketAddressVariant;
 use qapi::{Error, Result, Variants};
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,10 +107,7 @@ fn not_found(id: &str) -> Error {
 impl Control {
     pub(super) async fn nbd_server_start(&mut self, args: NbdServerOptionsLegacy) -> Result<()> {
         let mut options = NbdServerOptions::from(args);
-        let passed = match &mut options.addr.addr {
-            SocketAddressVariant::Fd(fd) => self.descriptors.resolve(fd)?,
-            _ => None,
-        };
+        let passed = self.descriptors.resolve_address(&mut options.addr)?;
         let started = self.start_nbd_server(options).await;
         drop(passed);
         started
@@ -142,7 +138,7 @@ impl Control {
     }
 
     /// `block-export-add` and `--export`.
-    pub async fn block_export_add(&mut self, options: BlockExportOptions) -> Result<()> {
+    pub async fn block_export_add(&mut self, mut options: BlockExportOptions) -> Result<()> {
         if !qapi::opts::is_identifier(&options.id) {
             return Err(Error::generic("Invalid block export id"));
         }
@@ -161,6 +157,10 @@ impl Control {
         if !options.allow_inactive {
             self.graph.activate(&node).await?;
         }
+        let passed = match &mut options.export {
+            BlockExportVariant::VhostUserBlk(export) => self.descriptors.resolve_address(&mut export.addr)?,
+            BlockExportVariant::Nbd(_) | BlockExportVariant::Fuse(_) => None,
+        };
         let driver = self.exports.driver(&options, &node)?;
         let disk_options = DiskOptions {
             label: format!("block export '{}'", options.id),
@@ -187,7 +187,7 @@ impl Control {
             resize: Arc::new(Resizer { disk: disk.clone(), handle: self.handle() }),
         };
         let started = driver.start(params).await;
-        drop(driver);
+        drop((driver, passed));
         match started {
             Ok(export) => {
                 self.watch(&*export);

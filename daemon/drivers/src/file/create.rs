@@ -6,7 +6,7 @@ use block::driver::{DynDriver, Prealloc};
 use block::perm::Bits;
 use block::{NodeOptions, Perms};
 use io::{Engine, FdSets, File};
-use qapi::types::block::{BlockdevOptionsFile, OnOffAuto};
+use qapi::types::block::BlockdevOptionsFile;
 use qapi::types::create::{BlockdevCreateOptionsFile, PreallocMode};
 use qapi::{Error, Result};
 use std::path::Path;
@@ -34,10 +34,11 @@ pub async fn create(fdsets: &FdSets, options: &BlockdevCreateOptionsFile) -> Res
     let plain = BlockdevOptionsFile {
         filename: filename.to_owned(),
         pr_manager: None,
-        locking: OnOffAuto::Auto,
+        locking: None,
         aio: None,
         aio_max_batch: None,
         drop_cache: true,
+        x_check_cache_dropped: false,
     };
     let driver = open_path("file", &NodeOptions::default(), None, fdsets, &plain).await?;
     let made = fill(&driver, &file, options, hint, prealloc).await;

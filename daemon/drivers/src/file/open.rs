@@ -78,19 +78,21 @@ pub(super) async fn open_path(
         _ => Medium::Regular,
     };
     let align = file.direct_align().await.map_err(|e| failed("find the alignment of direct I/O on", e))?;
-    let locking = match options.locking {
+    let locking = match options.locking.unwrap_or(OnOffAuto::Auto) {
         OnOffAuto::Auto => Locking::Auto,
         OnOffAuto::On => Locking::On,
         OnOffAuto::Off => Locking::Off,
     };
+    let extent_size_hint = if matches!(medium, Medium::Regular) { file.extent_size_hint().await } else { None };
     let lock = ImageLock::new(&file, locking).await;
     Ok(FileDriver {
         name,
         filename: filename.to_owned(),
         medium,
         engine: how.engine,
+        extent_size_hint,
         native: options.aio == Some(BlockdevAioOptions::Native),
-        settings: ArcSwap::from_pointee(Settings::new(node, options.drop_cache, align)),
+        settings: ArcSwap::from_pointee(Settings::new(node, options, align)),
         file: ArcSwapOption::from_pointee(file),
         locks: Mutex::new(Locks::new(lock)),
         able: Able::default(),

@@ -1,4 +1,5 @@
-//! Options that change while the file is open: `read-only`, `auto-read-only`, `force-share` and `cache.direct`.
+//! Options that change while the file is open: `read-only`, `auto-read-only`, `force-share`, `cache.direct`, and what is done about
+//! the page cache of another host.
 //!
 //! They take the way of permissions: the file is opened again and locked when the permissions that come with them are
 //! prepared, and replaced when they are committed.
@@ -17,7 +18,7 @@ struct Waiting<'a>(&'a FileDriver);
 
 impl Reopen for FileDriver {
     fn mutable(&self) -> &'static [&'static str] {
-        &["drop-cache"]
+        &["drop-cache", "x-check-cache-dropped"]
     }
 
     fn prepare<'a>(&'a self, new: &'a NewOptions<'_>) -> LocalFuture<'a, Result<Box<dyn Prepared + 'a>>> {
@@ -28,7 +29,7 @@ impl Reopen for FileDriver {
             let (BlockdevDriverOptions::File(options) | BlockdevDriverOptions::HostDevice(options)) = new.driver else {
                 return Err(Error::generic("These are not the options of a file"));
             };
-            self.locks().reopening = Some(Settings::new(new.after, options.drop_cache, self.settings().align));
+            self.locks().reopening = Some(Settings::new(new.after, options, self.settings().align));
             let waiting: Box<dyn Prepared + 'a> = Box::new(Waiting(self));
             Ok(waiting)
         })

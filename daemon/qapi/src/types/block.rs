@@ -252,14 +252,14 @@ pub struct BlockdevOptionsQcow2 {
 #[derive(Debug, Clone, PartialEq, Eq, Qapi)]
 #[qapi(feature = "dynamic-auto-read-only")]
 pub struct BlockdevOptionsFile {
-    /// The path. `/dev/fdset/N` has no meaning here.
+    /// The path; `/dev/fdset/N` is a descriptor of the set `N` that `add-fd` made.
     pub filename: String,
     /// The object that carries out commands about persistent reservations.
     #[qapi(since = "2.11")]
     pub pr_manager: Option<String>,
-    /// Lock bytes of the file against other programs that use the same bytes; `auto` does so where the file system can.
-    #[qapi(default = OnOffAuto::Auto, since = "2.10")]
-    pub locking: OnOffAuto,
+    /// Lock bytes of the file against other programs that use the same bytes; `auto`, or left out, does so where the file system can.
+    #[qapi(since = "2.10")]
+    pub locking: Option<OnOffAuto>,
     /// How requests reach the file; the daemon's own choice when left out.
     #[qapi(since = "2.8")]
     pub aio: Option<BlockdevAioOptions>,
@@ -269,6 +269,10 @@ pub struct BlockdevOptionsFile {
     /// Drop the page cache of the file when another host may have written to it.
     #[qapi(default = true, since = "4.0")]
     pub drop_cache: bool,
+    /// Make sure that the page cache has nothing of the file afterwards, or fail; for tests, since it takes long with large
+    /// files.
+    #[qapi(default, since = "3.0", unstable)]
+    pub x_check_cache_dropped: bool,
 }
 
 /// A device that keeps nothing.

@@ -1,8 +1,9 @@
 //! Block nodes: what they are, what they did, how they hang together.
 
 use crate::{
-    Qapi,
+    Qapi, Size,
     types::block::{BlockdevDetectZeroesOptions, BlockdevDriver},
+    types::job::BlockDeviceIoStatus,
 };
 
 /// How much of the host's cache a node uses.
@@ -214,10 +215,14 @@ pub struct ImageInfoSpecificFileWrapper {
     pub data: ImageInfoSpecificFile,
 }
 
-/// What only files have: nothing that the daemon can tell yet.
+/// What only files have.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Qapi)]
 #[qapi(since = "8.0")]
-pub struct ImageInfoSpecificFile {}
+pub struct ImageInfoSpecificFile {
+    /// By how many bytes at least the file system extends the file, as it was when the file was opened; left out where it
+    /// keeps no such hint.
+    pub extent_size_hint: Option<Size>,
+}
 
 /// A node.
 #[derive(Debug, Clone, PartialEq, Qapi)]
@@ -333,6 +338,9 @@ pub struct QueryNamedBlockNodes {
 pub struct BlockInfo {
     /// Its name.
     pub device: String,
+    /// The path of the guest's device in the tree of objects.
+    #[qapi(since = "2.10")]
+    pub qdev: Option<String>,
     /// Nothing that means anything: the member is there because it always was.
     #[qapi(rename = "type")]
     pub ty: String,
@@ -342,6 +350,11 @@ pub struct BlockInfo {
     pub locked: bool,
     /// Its medium.
     pub inserted: Option<BlockDeviceInfo>,
+    /// Its tray is open; left out where it has none.
+    #[qapi(rename = "tray_open")]
+    pub tray_open: Option<bool>,
+    /// What came of its last request, where the guest is stopped by errors.
+    pub io_status: Option<BlockDeviceIoStatus>,
 }
 
 /// Lists the devices of the guest. The daemon has no guest and therefore none.

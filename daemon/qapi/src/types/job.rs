@@ -216,7 +216,7 @@ pub struct BlockJobSetSpeed {
     pub speed: i64,
 }
 
-/// What came of the last request of a job's work.
+/// What came of the last request of a job or a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Qapi)]
 pub enum BlockDeviceIoStatus {
     /// It succeeded.
