@@ -159,7 +159,7 @@ impl Control {
         }
         let passed = match &mut options.export {
             BlockExportVariant::VhostUserBlk(export) => self.descriptors.resolve_address(&mut export.addr)?,
-            BlockExportVariant::Nbd(_) | BlockExportVariant::Fuse(_) => None,
+            _ => None,
         };
         let driver = self.exports.driver(&options, &node)?;
         let disk_options = DiskOptions {
