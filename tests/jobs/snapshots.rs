@@ -125,6 +125,48 @@ fn snapshots_inside_an_image() {
     check(&daemon, "a.img");
 }
 
+/// What shows another node's image takes snapshots for it, and shows its clusters and snapshots.
+#[test]
+fn snapshots_through_what_stands_above_an_image() {
+    if !installed("qemu-img") {
+        skip!("qemu-img is not installed");
+    }
+    let mut daemon = idle();
+    let mut qmp = daemon.qmp();
+    node(&daemon, &mut qmp, "a");
+    qmp.ok("object-add", json!({"qom-type": "throttle-group", "id": "g"}));
+    qmp.ok("blockdev-add", json!({"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "a"}));
+    qmp.ok("blockdev-add", json!({"driver": "raw", "node-name": "r", "file": "t"}));
+    qmp.ok("blockdev-add", json!({"driver": "copy-on-read", "node-name": "top", "file": "r"}));
+    qmp.ok("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true}));
+    let (mut client, _) = daemon.nbd().open("disk", Headers::Structured);
+    for (round, name) in [(1, "s1"), (2, "s2")] {
+        assert_eq!(client.write(0, 0, &vec![round; 1 << 20]), 0);
+        qmp.ok("blockdev-snapshot-internal-sync", json!({"device": "top", "name": name}));
+    }
+    assert_eq!(client.write(0, 0, &[3; 1 << 20]), 0);
+    let nodes = qmp.ok("query-named-block-nodes", json!({}));
+    for name in ["t", "r", "top"] {
+        let image = &nodes.as_array().unwrap().iter().find(|node| node["node-name"] == name).unwrap()["image"];
+        assert_eq!((&image["cluster-size"], &image["dirty-flag"]), (&json!(65536), &json!(false)), "{name}");
+        let names: Vec<_> = image["snapshots"].as_array().unwrap().iter().map(|one| one["name"].clone()).collect();
+        assert_eq!(names, ["s1", "s2"], "{name}");
+    }
+    let gone = qmp.ok("blockdev-snapshot-delete-internal-sync", json!({"device": "top", "name": "s2"}));
+    assert_eq!(gone["id"], "2");
+    // Two nodes below: which of them is meant nobody knows.
+    qmp.ok("blockdev-add", json!({"driver": "null-co", "node-name": "n", "size": 4 * MIB}));
+    node(&daemon, &mut qmp, "b");
+    qmp.ok("blockdev-add", json!({"driver": "blkverify", "node-name": "v", "test": "n", "raw": "b"}));
+    let text = "Block format 'blkverify' used by device 'v' does not support internal snapshots";
+    assert_eq!(qmp.refused("blockdev-snapshot-internal-sync", json!({"device": "v", "name": "s"})), text);
+    daemon.stop();
+    check(&daemon, "a.img");
+    let path = |name: &str| daemon.path(name).to_str().unwrap().to_owned();
+    ok("qemu-img", ["convert", "-l", "s1", "-f", "qcow2", "-O", "raw", &path("a.img"), &path("s1")]);
+    assert!(std::fs::read(daemon.path("s1")).unwrap()[..1 << 20].iter().all(|byte| *byte == 1));
+}
+
 #[test]
 fn the_space_of_a_deleted_snapshot() {
     let left = [true, false].map(|discard| {

@@ -1,6 +1,7 @@
 //! What nodes are, what they did, and how they hang together.
 
 use super::Control;
+use block::driver::ImageDetails;
 use block::node::DetectZeroes;
 use block::perm::Bits;
 use block::stats::{Op, Stats};
@@ -117,6 +118,11 @@ fn backing_edge(node: &Node) -> Option<Arc<Edge>> {
     node.children().into_iter().find(|edge| edge.role() == Role::Backing)
 }
 
+/// Options as a file name. Images keep such names and clients compare them, so they are written as QMP writes them.
+fn json_name(options: &Value) -> String {
+    format!("json:{}", String::from_utf8_lossy(&qmp::to_bytes(options, qmp::Style::Compact)))
+}
+
 /// How a node is called.
 struct Shown {
     name: String,
@@ -136,7 +142,7 @@ impl Shown {
                 }
             }
             let json = Value::Object(json);
-            return Self { name: format!("json:{json}"), json };
+            return Self { name: json_name(&json), json };
         }
         if !own.is_empty() {
             return Self { json: json!({ "driver": driver, "filename": own }), name: own };
@@ -159,7 +165,7 @@ impl Shown {
         json.insert("driver".to_owned(), driver.into());
         json.extend(others.into_iter().map(|(shown, edge)| (edge.name().to_owned(), shown.json)));
         let json = Value::Object(json);
-        Self { name: if differs { format!("json:{json}") } else { primary.unwrap_or_default() }, json }
+        Self { name: if differs { json_name(&json) } else { primary.unwrap_or_default() }, json }
     }
 }
 
@@ -244,9 +250,25 @@ async fn allocated_size(node: &Arc<Node>) -> Option<u64> {
     sum
 }
 
+/// What a driver knows of its image. What shows another node's image shows what that one says of clusters and snapshots too.
+async fn details(node: &Arc<Node>) -> ImageDetails {
+    let mut details = node.driver().image_info().await;
+    let children = node.children();
+    let filtered = children.iter().find(|edge| edge.role() == Role::Filtered);
+    if let Some(below) = filtered.filter(|_| details.dirty.is_none()) {
+        let below = Box::pin(self::details(&below.node())).await;
+        details.dirty = below.dirty;
+        details.cluster_size = below.cluster_size;
+        if children.len() == 1 {
+            details.snapshots = below.snapshots;
+        }
+    }
+    details
+}
+
 /// The image of a node; with what shows through below it if `chain`.
 async fn image_info(node: &Arc<Node>, filename: String, chain: bool) -> ImageInfo {
-    let details = node.driver().image_info().await;
+    let details = details(node).await;
     let mut info = ImageInfo {
         filename,
         format: node.driver().name().to_owned(),

@@ -40,6 +40,19 @@ fn internal(node: &Arc<Node>) -> Result<&dyn Snapshots> {
     facet.ok_or_else(|| Error::generic("Failed to get a snapshot list: Operation not supported"))
 }
 
+/// The node whose image a node shows, if that one keeps snapshots: itself, or one below it that it alone stands for.
+fn keeper(node: &Arc<Node>) -> Option<Arc<Node>> {
+    let mut node = Arc::clone(node);
+    while node.driver().snapshots().is_none() {
+        let below = match node.children().as_slice() {
+            [only] if only.role() == Role::Filtered => only.node(),
+            _ => return None,
+        };
+        node = below;
+    }
+    Some(node)
+}
+
 /// A node without nodes above it: the older commands take no other.
 fn root(node: Arc<Node>) -> Result<Arc<Node>> {
     if node.parents().iter().any(|edge| edge.role() != Role::Root) {
@@ -271,10 +284,12 @@ impl Control {
     async fn prepare_internal(&mut self, prepared: &mut Prepared, args: &BlockdevSnapshotInternalSync) -> Result<()> {
         let node = root(self.graph.find(Some(&args.device), Some(&args.device))?)?;
         let (device, name) = (&args.device, &args.name);
-        if node.options().read_only {
+        let keeper = keeper(&node);
+        if node.options().read_only || keeper.as_ref().is_some_and(|keeper| keeper.options().read_only) {
             return Err(Error::generic(format!("Device '{device}' is read only")));
         }
-        let Some(snapshots) = node.driver().snapshots() else {
+        let Some((keeper, snapshots)) = keeper.as_ref().and_then(|keeper| Some((keeper, keeper.driver().snapshots()?)))
+        else {
             return Err(Error::generic(format!(
                 "Block format '{}' used by device '{device}' does not support internal snapshots",
                 node.driver().name()
@@ -283,7 +298,7 @@ impl Control {
         if name.is_empty() {
             return Err(Error::generic("Name is empty"));
         }
-        prepared.drained.push(self.graph.drain(&node).await);
+        prepared.drained.push(self.graph.drain(keeper).await);
         let list = snapshots.list().await?;
         if list.iter().any(|snapshot| snapshot.name == *name) {
             return Err(Error::generic(format!("Snapshot with name '{name}' already exists on device '{device}'")));
@@ -299,7 +314,7 @@ impl Control {
         };
         let failed = |error: Error| error.context(format!("Failed to create snapshot '{name}' on device '{device}'"));
         snapshots.create(&facts).await.map_err(failed)?;
-        prepared.undo.push(Undo::Snapshot(Arc::clone(&node), facts.id));
+        prepared.undo.push(Undo::Snapshot(Arc::clone(keeper), facts.id));
         Ok(())
     }
 
@@ -312,7 +327,8 @@ impl Control {
         if id.is_none() && name.is_none() {
             return Err(Error::generic("Name or id must be provided"));
         }
-        let list = internal(&node)?.list().await?;
+        let keeper = keeper(&node).unwrap_or_else(|| Arc::clone(&node));
+        let list = internal(&keeper)?.list().await?;
         let same = |given: Option<&str>, own: &str| given.is_none_or(|given| given == own);
         let found = list.into_iter().find(|one| same(id, &one.id) && same(name, &one.name));
         let found = found.ok_or_else(|| {
@@ -320,15 +336,15 @@ impl Control {
             let device = &args.device;
             Error::generic(format!("Snapshot with id '{id}' and name '{name}' does not exist on device '{device}'"))
         })?;
-        if node.options().read_only {
+        if node.options().read_only || keeper.options().read_only {
             return Err(Error::generic(format!("Device '{}' is read only", args.device)));
         }
-        let drained = self.graph.drain(&node).await;
+        let drained = self.graph.drain(&keeper).await;
         let (id, name, device) = (&found.id, &found.name, &args.device);
         let failed = |error: Error| {
             error.context(format!("Failed to delete snapshot with id '{id}' and name '{name}' on device '{device}'"))
         };
-        internal(&node)?.delete(&found.id).await.map_err(failed)?;
+        internal(&keeper)?.delete(&found.id).await.map_err(failed)?;
         drop(drained);
         let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         Ok(SnapshotInfo {
