@@ -80,6 +80,9 @@ fn the_old_commands() {
     wait_for("the export to be out of use", || qmp.execute("nbd-server-remove", json!({"name": "old"})).ok());
     assert_eq!(qmp.event("BLOCK_EXPORT_DELETED"), json!({"id": "old"}));
     assert_eq!(qmp.refused("nbd-server-remove", json!({"name": "old"})), "Export 'old' is not found");
+    let addr = json!({"type": "unix", "path": daemon.path("guest.sock")});
+    qmp.ok("block-export-add", json!({"type": "vhost-user-blk", "id": "g", "node-name": "disk", "addr": addr}));
+    assert_eq!(qmp.refused("nbd-server-remove", json!({"name": "g"})), "Block export 'g' is not an NBD export");
 }
 
 #[test]

@@ -346,6 +346,10 @@ impl Control {
         args: NbdServerRemove,
     ) -> Result<impl Future<Output = Result<()>> + use<>> {
         self.exports.nbd()?;
+        let name = &args.name;
+        if self.exports.find(name)?.export.kind() != "nbd" {
+            return Err(Error::generic(format!("Block export '{name}' is not an NBD export")));
+        }
         self.block_export_del(BlockExportDel { id: args.name, mode: args.mode })
     }
 }
