@@ -17,6 +17,7 @@ use crate::{Facts, IoResult};
 use buf::IoBuf;
 use nix::errno::Errno;
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -44,6 +45,8 @@ pub(crate) struct Inner {
     pub wanted: Perms,
     /// The user can do with a node that is not active, though it wants to write.
     pub allow_inactive: bool,
+    /// The user stays when this process dies.
+    pub outlives: AtomicBool,
     reporter: Reporter,
     stats: Stats,
     halt: Halt,
@@ -80,6 +83,7 @@ impl Disk {
             writethrough: options.writethrough,
             wanted: options.perms,
             allow_inactive,
+            outlives: AtomicBool::new(false),
             reporter,
             stats: Stats::default(),
             halt: Halt::default(),

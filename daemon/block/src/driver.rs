@@ -339,6 +339,14 @@ pub trait Driver: Send + Sync + 'static {
     /// The prepared permissions will not come: back to the old ones.
     fn abort_perms(&self) {}
 
+    /// Whether some user above stays when this process dies, and goes on with its successor: a guest behind a front-end that
+    /// connects again. What completes from now on must then be found in the medium below by that successor, without any
+    /// flush: given to the host, stable or not. A driver that completes changes earlier, as its metadata wait in its
+    /// memory, has to give those out as well; one that passes requests on has nothing to do.
+    fn outlived(&self, outlived: bool) {
+        let _ = outlived;
+    }
+
     /// Whether [`Driver::event`] does anything; asked once, when the node is made.
     fn hears_events(&self) -> bool {
         false
@@ -409,6 +417,8 @@ macro_rules! mirror {
             fn commit_perms(&self);
             /// [`Driver::abort_perms`].
             fn abort_perms(&self);
+            /// [`Driver::outlived`].
+            fn outlived(&self, outlived: bool);
             /// [`Driver::fault_control`].
             fn fault_control(&self) -> Option<&dyn FaultControl>;
             /// [`Driver::snapshots`].
@@ -470,6 +480,9 @@ macro_rules! mirror {
             }
             fn abort_perms(&self) {
                 Driver::abort_perms(self);
+            }
+            fn outlived(&self, outlived: bool) {
+                Driver::outlived(self, outlived);
             }
             fn fault_control(&self) -> Option<&dyn FaultControl> {
                 Driver::fault_control(self)

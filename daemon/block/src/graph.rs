@@ -25,6 +25,7 @@ use crate::report::Reporter;
 use crate::resource::Resources;
 use qapi::{Error, Result};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 struct Entry {
@@ -237,6 +238,13 @@ impl Graph {
                 Err(error)
             }
         }
+    }
+
+    /// The user of `disk` stays when this process dies, and goes on with its successor: what completes from now on is where that
+    /// will find it, see [`Driver::outlived`](crate::Driver::outlived).
+    pub fn outlive(&mut self, disk: &Disk) {
+        disk.inner.outlives.store(true, Ordering::Relaxed);
+        permissions::look_up_below(&disk.node());
     }
 
     /// Ends the use. Requests that are inside are waited for.

@@ -82,6 +82,8 @@ pub struct Node {
     size: AtomicU64,
     /// The `need` bits of all users together.
     needed: AtomicU8,
+    /// Some user stays when this process dies, see [`crate::Driver::outlived`].
+    outlived: AtomicBool,
     /// Writes that have completed, starting at 1 so that the first flush always reaches the medium: what an earlier
     /// process wrote and did not flush becomes durable with it.
     written: AtomicU64,
@@ -129,6 +131,7 @@ impl Node {
             facts: ArcSwap::from_pointee(facts),
             size: AtomicU64::new(whole_sectors(length)),
             needed: AtomicU8::new(0),
+            outlived: AtomicBool::new(false),
             written: AtomicU64::new(1),
             flushed: AtomicU64::new(0),
             corrupt: AtomicBool::new(false),
@@ -277,6 +280,18 @@ impl Node {
     pub(crate) fn set_user_perms(&self, perms: Perms) {
         self.links().perms = perms;
         self.needed.store(perms.need.bits(), Ordering::Release);
+    }
+
+    /// Whether some user stays when this process dies.
+    pub fn is_outlived(&self) -> bool {
+        self.outlived.load(Ordering::Acquire)
+    }
+
+    /// Control task.
+    pub(crate) fn set_outlived(&self, outlived: bool) {
+        if self.outlived.swap(outlived, Ordering::AcqRel) != outlived {
+            self.driver.outlived(outlived);
+        }
     }
 
     pub(crate) fn needed(&self) -> Bits {

@@ -77,6 +77,12 @@ pub trait ExportDriver {
     /// What the disk of the export needs and shares.
     fn permissions(&self, writable: bool) -> Perms;
 
+    /// Whether a client stays when this process dies, and goes on with the next one as if nothing had happened, see
+    /// [`Graph::outlive`](block::Graph::outlive).
+    fn is_outlived(&self) -> bool {
+        false
+    }
+
     /// Starts the export. After an error nothing is left of it.
     fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>>;
 }

@@ -218,6 +218,10 @@ fn survives_crashes(name: &'static str, prepare: impl Fn(&Path, &str), seed: u64
                 graph.adopt("medium", driver, NodeOptions::default()).await.unwrap();
                 graph.add(&options(&node)).await.unwrap();
                 let disk = attach(&mut graph, "q", true).await;
+                let stays = name.contains("stays");
+                if stays {
+                    graph.outlive(&disk);
+                }
                 let start = |block: &[u8]| vec![Change { byte: block[0], asked: 0, done: 0 }];
                 let mut client = Client {
                     blocks: before.chunks(BLOCK).map(start).collect(),
@@ -232,20 +236,35 @@ fn survives_crashes(name: &'static str, prepare: impl Fn(&Path, &str), seed: u64
                 graph.close_all().await;
                 let steps = history.steps().len();
                 println!("{name}: {steps} steps, {} flushes", client.flushes.len());
-                for i in 0..40 {
-                    let crash = steps * (i + 1) / 40;
+                // Each point is looked at twice where the client stays.
+                let points = if stays { 20 } else { 40 };
+                for i in 0..points {
+                    let crash = steps * (i + 1) / points;
                     // All, nothing, or some of what was not flushed.
                     let share = random.next(5);
                     let mut dice = Random(random.0);
                     let image = history.image_at(crash, || dice.next(4) < share);
-                    verify(&path, name, &image, &client, crash, &node).await;
+                    verify(&path, name, &image, &client, crash, &node, false).await;
+                    if stays {
+                        let image = history.image_if_killed(crash, || dice.next(2) == 0);
+                        verify(&path, name, &image, &client, crash, &node, true).await;
+                    }
                 }
             })
             .await;
     });
 }
 
-async fn verify(dir: &Path, name: &str, image: &[u8], client: &Client, crash: usize, node: &serde_json::Value) {
+/// What a power failure left, or a process that was killed.
+async fn verify(
+    dir: &Path,
+    name: &str,
+    image: &[u8],
+    client: &Client,
+    crash: usize,
+    node: &serde_json::Value,
+    killed: bool,
+) {
     std::fs::write(dir.join("crashed"), image).unwrap();
     // With lazy refcounts an image is dirty after a crash, and repaired by who opens it for writing.
     let dirty = image.get(79).is_some_and(|bits| bits & 1 != 0);
@@ -279,11 +298,14 @@ async fn verify(dir: &Path, name: &str, image: &[u8], client: &Client, crash: us
     for (i, block) in client.blocks.iter().take(size).enumerate() {
         let buf = IoBuf::alloc(BLOCK);
         disk.read(u64::try_from(i * BLOCK).unwrap(), &buf).await.unwrap();
-        let allowed = allowed(block, &client.flushes, crash);
+        // To those who stay what completed is as good as flushed, but for the host's power.
+        let here = [(crash, crash - 1)];
+        let allowed = allowed(block, if killed { &here } else { &client.flushes }, crash);
         for (j, byte) in buf.to_vec().into_iter().enumerate() {
             assert!(
                 allowed.contains(&byte),
-                "{name}: crash at {crash}: block {i} byte {j} is {byte}, and may be {allowed:?}; {:?}",
+                "{name}: {} at {crash}: block {i} byte {j} is {byte}, and may be {allowed:?}; {:?}",
+                if killed { "kill" } else { "crash" },
                 block.iter().map(|c| (c.byte, c.asked, c.done)).collect::<Vec<_>>()
             );
         }
@@ -366,6 +388,29 @@ fn images_with_a_past() {
         run(dir, "qemu-img", &["convert", "-c", "-O", "qcow2", "source", image]);
     };
     survives_crashes("compressed", compressed, 22, &none);
+}
+
+#[test]
+fn clients_that_stay() {
+    if !has_qemu() {
+        return;
+    }
+    let none = json!({});
+    let tight = json!({ "l2-cache-size": 1024, "refcount-cache-size": 512, "l2-cache-entry-size": 512 });
+    survives_crashes("stays, 64k", shape("compat=1.1"), 51, &none);
+    survives_crashes("stays, v2, 4k", shape("compat=0.10,cluster_size=4k"), 52, &none);
+    survives_crashes("stays, 512, small caches", shape("cluster_size=512,refcount_bits=64"), 53, &tight);
+    survives_crashes("stays, lazy", shape("cluster_size=4k,lazy_refcounts=on"), 54, &none);
+    survives_crashes("stays, extended", shape("extended_l2=on,cluster_size=16k"), 55, &none);
+    survives_crashes("stays, snapshots", shape("cluster_size=4k"), 56, &none);
+    survives_crashes("stays, resized", shape("cluster_size=1k"), 57, &none);
+    let full = |dir: &Path, image: &str| {
+        create(dir, "-o cluster_size=4k source 2M");
+        qemu_io(dir, "source", &["write -P 202 0 2M"]);
+        run(dir, "qemu-img", &["convert", "-c", "-O", "qcow2", "source", image]);
+        run(dir, "qemu-img", &["snapshot", "-c", "one", image]);
+    };
+    survives_crashes("stays, compressed, with a past", full, 58, &none);
 }
 
 #[test]

@@ -171,6 +171,9 @@ impl Control {
             true => self.graph.attach_inactive(&node, &disk_options).await?,
             false => self.graph.attach(&node, &disk_options).await?,
         };
+        if options.writable && driver.is_outlived() {
+            self.graph.outlive(&disk);
+        }
         if let Some(policy) = options.x_on_error {
             let policy = match policy {
                 BlockExportOnError::Report => OnError::Report,

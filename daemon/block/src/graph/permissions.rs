@@ -1,12 +1,13 @@
 //! Permissions of a part of the graph, on paper first, then for real.
 
 use super::change::Change;
-use crate::edge::{Edge, Parent};
+use crate::edge::{Edge, Parent, Role};
 use crate::node::{Node, NodeOptions};
 use crate::perm::{Bits, Claim, Perms, conflict};
 use crate::reopen::Prepared;
 use qapi::{Error, Result};
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 /// Identity of an edge or a node.
@@ -260,6 +261,7 @@ impl PreparedPlan {
             node.driver().commit_perms();
             node.set_user_perms(*all);
         }
+        self.nodes.iter().for_each(|(node, _)| look_up(node));
         // Facts flow upwards: a descriptor that was opened again may ask for another alignment.
         for (node, _) in self.nodes.iter().rev() {
             node.refresh_facts();
@@ -272,6 +274,21 @@ impl PreparedPlan {
             node.driver().abort_perms();
         }
     }
+}
+
+/// Finds out whether a user of `node` stays when this process dies. Its parents know already whether theirs do.
+fn look_up(node: &Arc<Node>) {
+    let outlives = |edge: &Arc<Edge>| match &edge.parent {
+        Parent::Disk(disk) => disk.upgrade().is_some_and(|disk| disk.outlives.load(Ordering::Relaxed)),
+        // What is only read through cannot lose anything.
+        Parent::Node(_) => edge.role() != Role::Backing && edge.parent_node().is_some_and(|node| node.is_outlived()),
+    };
+    node.set_outlived(node.parents().iter().any(outlives));
+}
+
+/// Has everything below `node`, and `node`, find out whether its users stay when this process dies.
+pub(super) fn look_up_below(node: &Arc<Node>) {
+    parents_first(std::slice::from_ref(node), &Overlay::default()).iter().for_each(look_up);
 }
 
 /// Recomputes after a user of `node` has gone: there is less to hold, so a failure only means that a lock stays.

@@ -84,6 +84,29 @@ impl History {
     }
 }
 
+impl History {
+    /// What the host has if the process dies before step `crash`: every write that had completed, and of those in flight the ones
+    /// that `lands` chooses.
+    pub fn image_if_killed(&self, crash: usize, mut lands: impl FnMut() -> bool) -> Vec<u8> {
+        let steps = self.steps();
+        let steps = steps.get(..crash).unwrap_or(&steps);
+        let written: std::collections::HashSet<usize> =
+            steps.iter().filter_map(|step| if let Step::Written(of) = step { Some(*of) } else { None }).collect();
+        let mut image = self.first.clone();
+        for (i, step) in steps.iter().enumerate() {
+            let Step::Write { at, bytes } = step else { continue };
+            if written.contains(&i) || lands() {
+                let end = at + bytes.len();
+                if image.len() < end {
+                    image.resize(end, 0);
+                }
+                image.get_mut(*at..end).unwrap_or_default().copy_from_slice(bytes);
+            }
+        }
+        image
+    }
+}
+
 /// A driver in memory that remembers in which order it was written and flushed, so that a test can tell what a crash would
 /// have left.
 #[derive(Debug)]

@@ -37,6 +37,11 @@ impl ExportDriver for VhostUserBlkDriver<'_> {
         Perms { need, shared: Bits::ALL }
     }
 
+    /// A front-end that keeps requests in flight for us connects again.
+    fn is_outlived(&self) -> bool {
+        true
+    }
+
     fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>> {
         Box::pin(async move { Ok(start(self.options, params).await? as Arc<dyn Export>) })
     }

@@ -6,6 +6,9 @@
 //! hit nor a miss costs more in a large cache. Whoever changes a block must do it in the one that is in the cache, so a block
 //! that has gone refuses changes and the caller loads it again.
 //!
+//! Of a dirty block two things are known: which version of it is in the file for good, and which one the host has been given, so
+//! that it stays when this process dies (see `handover`).
+//!
 //! Locks are taken in the order table, block, list of dirty blocks.
 
 use super::bytes::u64_of;
@@ -14,17 +17,31 @@ use buf::IoBuf;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::OnceCell;
+
+/// Bytes of a page of the host.
+const PAGE: usize = 4096;
 
 #[derive(Debug)]
 struct State {
     bytes: Vec<u8>,
     /// Counts changes.
     version: u64,
-    /// The last version that is in the file.
+    /// The last version that is in the file for good.
     written: u64,
+    /// The last version that has been given to the host: this process may die.
+    handed: u64,
+    /// The bytes that have changed since.
+    unhanded: Range<usize>,
     gone: bool,
+}
+
+impl State {
+    fn new(bytes: Vec<u8>, version: u64) -> Self {
+        let unhanded = if version > 0 { 0..bytes.len() } else { 0..0 };
+        Self { bytes, version, written: 0, handed: 0, unhanded, gone: false }
+    }
 }
 
 /// A run of metadata bytes.
@@ -50,6 +67,11 @@ impl Block {
         self.state.get().map(|state| state.write().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Whether the host has the block as it is now, stable or not.
+    pub fn is_handed(&self) -> bool {
+        self.loaded().is_none_or(|state| state.version == state.handed)
+    }
+
     /// Looks at the bytes.
     pub fn look<R>(&self, look: impl FnOnce(&[u8]) -> R) -> R {
         match self.loaded() {
@@ -59,7 +81,7 @@ impl Block {
     }
 }
 
-/// A copy of a dirty block, to be written.
+/// A copy of a dirty block, or a piece of it, to be written.
 #[derive(Debug)]
 pub struct Copy {
     block: Arc<Block>,
@@ -81,12 +103,23 @@ pub struct Cache {
     capacity: AtomicUsize,
     /// Guards the table; never across an await.
     table: RwLock<Table>,
-    /// Guards the list of dirty blocks, by their place; never across an await.
-    dirty: Mutex<BTreeMap<u64, Arc<Block>>>,
-    /// How many there are in that list.
+    /// Guards the lists of blocks that have to be written; never across an await.
+    dirty: Mutex<Dirty>,
+    /// How many have to be written for good.
     dirty_count: AtomicUsize,
+    /// How many the host does not have.
+    unhanded_count: AtomicUsize,
     /// Room was needed when most of the cache was dirty.
     short: AtomicBool,
+}
+
+/// Blocks by their place.
+#[derive(Debug, Default)]
+struct Dirty {
+    /// Those that are not in the file for good.
+    unwritten: BTreeMap<u64, Arc<Block>>,
+    /// Those that the host does not have.
+    unhanded: BTreeMap<u64, Arc<Block>>,
 }
 
 #[derive(Debug, Default)]
@@ -157,6 +190,7 @@ impl Cache {
             table: RwLock::default(),
             dirty: Mutex::default(),
             dirty_count: AtomicUsize::new(0),
+            unhanded_count: AtomicUsize::new(0),
             short: AtomicBool::new(false),
         }
     }
@@ -205,22 +239,29 @@ impl Cache {
         self.table.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn dirty_list(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Block>>> {
-        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Changes the lists.
+    fn with_lists<R>(&self, change: impl FnOnce(&mut Dirty) -> R) -> R {
+        let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = change(&mut dirty);
+        self.dirty_count.store(dirty.unwritten.len(), Ordering::Release);
+        self.unhanded_count.store(dirty.unhanded.len(), Ordering::Release);
+        result
     }
 
     /// Notes that a block has become dirty, while its bytes are locked or nobody else knows it.
     fn list(&self, block: &Arc<Block>) {
-        let mut dirty = self.dirty_list();
-        dirty.insert(block.at, Arc::clone(block));
-        self.dirty_count.store(dirty.len(), Ordering::Release);
+        self.with_lists(|lists| {
+            lists.unwritten.insert(block.at, Arc::clone(block));
+            lists.unhanded.insert(block.at, Arc::clone(block));
+        });
     }
 
     /// Notes that the block at `at` is dirty no more, while its bytes are locked or it has gone.
     fn unlist(&self, at: u64) {
-        let mut dirty = self.dirty_list();
-        dirty.remove(&at);
-        self.dirty_count.store(dirty.len(), Ordering::Release);
+        self.with_lists(|lists| {
+            lists.unwritten.remove(&at);
+            lists.unhanded.remove(&at);
+        });
     }
 
     /// The block at `at` if it is there.
@@ -260,7 +301,7 @@ impl Cache {
                 let buf = IoBuf::alloc(self.unit());
                 file.raise(self.load);
                 file.read(at, &buf).await?;
-                Ok(RwLock::new(State { bytes: buf.to_vec(), version: 0, written: 0, gone: false }))
+                Ok(RwLock::new(State::new(buf.to_vec(), 0)))
             })
             .await?;
         Ok(block)
@@ -277,7 +318,7 @@ impl Cache {
 
     /// Puts a new block in, to be written.
     pub fn put(&self, at: u64, bytes: Vec<u8>) {
-        let block = Block::new(at, Some(State { bytes, version: 1, written: 0, gone: false }));
+        let block = Block::new(at, Some(State::new(bytes, 1)));
         let mut table = self.table_mut();
         self.forget_one(&mut table, at);
         self.make_room(&mut table);
@@ -310,14 +351,26 @@ impl Cache {
 
     /// Changes a block; none if it has gone from the cache and must be loaded again.
     pub fn change<R>(&self, block: &Arc<Block>, change: impl FnOnce(&mut Vec<u8>) -> R) -> Option<R> {
+        self.change_part(block, 0..self.unit(), change)
+    }
+
+    /// Changes `part` of a block and nothing else; none if it has gone from the cache and must be loaded again.
+    pub fn change_part<R>(
+        &self,
+        block: &Arc<Block>,
+        part: Range<usize>,
+        change: impl FnOnce(&mut Vec<u8>) -> R,
+    ) -> Option<R> {
         let mut state = block.loaded_mut()?;
         if state.gone {
             return None;
         }
         let result = change(&mut state.bytes);
-        if state.version == state.written {
+        if state.version == state.written || state.version == state.handed {
             self.list(block);
         }
+        let before = &state.unhanded;
+        state.unhanded = if before.is_empty() { part } else { before.start.min(part.start)..before.end.max(part.end) };
         state.version += 1;
         Some(result)
     }
@@ -343,7 +396,7 @@ impl Cache {
             return Vec::new();
         }
         self.short.store(false, Ordering::Relaxed);
-        let blocks: Vec<_> = self.dirty_list().values().cloned().collect();
+        let blocks: Vec<_> = self.with_lists(|lists| lists.unwritten.values().cloned().collect());
         let copy = |block: Arc<Block>| {
             let state = block.loaded()?;
             if state.version == state.written || state.gone {
@@ -356,8 +409,44 @@ impl Cache {
         blocks.into_iter().filter_map(copy).collect()
     }
 
-    /// The copy is in the file.
+    /// Whether the host has all blocks as they are.
+    pub fn is_handed(&self) -> bool {
+        self.unhanded_count.load(Ordering::Acquire) == 0
+    }
+
+    /// Copies of what the host does not have, in the order of the file: whole pages, as nothing smaller is written faster.
+    pub fn unhanded_copies(&self) -> Vec<Copy> {
+        let blocks: Vec<_> = self.with_lists(|lists| lists.unhanded.values().cloned().collect());
+        let copy = |block: Arc<Block>| {
+            let state = block.loaded()?;
+            if state.version == state.handed || state.gone {
+                return None;
+            }
+            let start = state.unhanded.start / PAGE * PAGE;
+            let end = state.unhanded.end.next_multiple_of(PAGE).min(state.bytes.len());
+            let (at, version) = (block.at + u64_of(start), state.version);
+            let bytes = state.bytes.get(start..end)?.to_vec();
+            drop(state);
+            Some(Copy { block, at, bytes, version })
+        };
+        blocks.into_iter().filter_map(copy).collect()
+    }
+
+    /// The copy has been written, stable or not.
+    pub fn handed(&self, copy: &Copy) {
+        let Some(mut state) = copy.block.loaded_mut() else { return };
+        if !state.gone && state.handed < copy.version {
+            state.handed = copy.version;
+            if state.version == state.handed {
+                state.unhanded = 0..0;
+                self.with_lists(|lists| lists.unhanded.remove(&copy.block.at));
+            }
+        }
+    }
+
+    /// The copy is in the file for good.
     pub fn written(&self, copy: &Copy) {
+        self.handed(copy);
         if let Some(mut state) = copy.block.loaded_mut()
             && !state.gone
         {
@@ -388,6 +477,32 @@ mod tests {
             let cache = cache_of(blocks);
             assert_eq!(u64_of(cache.bytes()), blocks * 512);
         }
+    }
+
+    #[test]
+    fn what_the_host_has_is_not_given_again() {
+        let cache = Cache::new(1 << 20, 64 << 10, BlkdebugEvent::L2Load);
+        cache.put(0, vec![0; 64 << 10]);
+        let all = cache.unhanded_copies();
+        assert_eq!((all[0].at, all[0].bytes.len()), (0, 64 << 10), "a new block");
+        let block = cache.peek(0).unwrap();
+        let put = |at: usize| cache.change_part(&block, at..at + 8, |bytes| bytes[at] = 7).unwrap();
+        put(5000);
+        cache.handed(&all[0]);
+        assert!(!cache.is_handed() && !block.is_handed(), "it has changed since the copy");
+        cache.unhanded_copies().iter().for_each(|copy| cache.handed(copy));
+        assert!(cache.is_handed() && cache.dirty() == 1);
+        put(9000);
+        put(13000);
+        let part = cache.unhanded_copies();
+        assert_eq!((part[0].at, part[0].bytes.len(), part[0].bytes[9000 - 8192]), (8192, 8192, 7));
+        cache.dirty_copies().iter().for_each(|copy| cache.written(copy));
+        assert!(cache.is_handed() && cache.dirty() == 0);
+        cache.handed(&part[0]);
+        put(0);
+        assert!(!cache.is_handed());
+        cache.forget(0..64 << 10);
+        assert!(cache.is_handed(), "forgotten");
     }
 
     #[test]

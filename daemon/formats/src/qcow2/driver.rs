@@ -1,5 +1,6 @@
 //! The image as a driver of the graph.
 
+use super::bytes::u64_of;
 use super::image::Qcow2;
 use block::check::Check;
 use block::driver::Prealloc;
@@ -8,6 +9,14 @@ use block::snapshot::Snapshots;
 use block::{Driver, Edge, Facts, ImageDetails, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::{Error, Result};
+
+impl Qcow2 {
+    /// [`Qcow2::keep`] as the end of a request.
+    async fn conclude_kept(&self, span: Span) -> IoResult {
+        let kept = self.keep(span).await;
+        self.conclude(kept).await
+    }
+}
 
 impl Driver for Qcow2 {
     fn name(&self) -> &'static str {
@@ -49,12 +58,16 @@ impl Driver for Qcow2 {
         let direct = flags.fua && self.is_clean();
         let written = self.write_guest(at, buf, WriteFlags { fua: direct }).await;
         self.conclude(written).await?;
-        if flags.fua && !(direct && self.is_clean()) { Driver::flush(self).await } else { Ok(()) }
+        if flags.fua && !(direct && self.is_clean()) {
+            return Driver::flush(self).await;
+        }
+        self.conclude_kept(Span::new(at, u64_of(buf.len()))).await
     }
 
     async fn write_compressed(&self, at: u64, buf: &IoBuf) -> IoResult {
         let written = self.write_packed(at, buf).await;
-        self.conclude(written).await
+        self.conclude(written).await?;
+        self.conclude_kept(Span::new(at, u64_of(buf.len()))).await
     }
 
     async fn flush(&self) -> IoResult {
@@ -65,12 +78,13 @@ impl Driver for Qcow2 {
     async fn zero(&self, span: Span, flags: ZeroFlags) -> IoResult {
         let zeroed = self.zero_guest(span, flags).await;
         self.conclude(zeroed).await?;
-        if flags.fua { Driver::flush(self).await } else { Ok(()) }
+        if flags.fua { Driver::flush(self).await } else { self.conclude_kept(span).await }
     }
 
     async fn discard(&self, span: Span) -> IoResult {
         let discarded = self.discard_guest(span).await;
-        self.conclude(discarded).await
+        self.conclude(discarded).await?;
+        self.conclude_kept(span).await
     }
 
     async fn map(&self, span: Span, _precise: bool) -> IoResult<Mapping> {
@@ -105,6 +119,10 @@ impl Driver for Qcow2 {
 
     fn check_control(&self) -> Option<&dyn Check> {
         Some(self)
+    }
+
+    fn outlived(&self, outlived: bool) {
+        self.set_outlived(outlived);
     }
 
     async fn start(&self) -> Result<()> {

@@ -25,6 +25,16 @@ use buf::IoBuf;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
+/// A piece of the L1 table, to be written.
+#[derive(Debug)]
+pub(super) struct Sector {
+    /// Which.
+    index: u64,
+    /// Where it goes.
+    at: u64,
+    bytes: Vec<u8>,
+}
+
 /// Writes that are in flight at a time.
 const AT_ONCE: usize = 16;
 
@@ -49,7 +59,7 @@ impl Qcow2 {
 
     /// Writes all dirty metadata. Callers that come while one is at it share the next one's work.
     pub(super) async fn write_out(&self) -> IoResult {
-        let before = self.flushes.load(Ordering::Acquire);
+        let before = self.turns.load(Ordering::Acquire);
         let turn = self.turn.lock().await;
         if turn.done > before {
             return Ok(());
@@ -59,9 +69,10 @@ impl Qcow2 {
 
     async fn take_turn(&self, mut turn: tokio::sync::MutexGuard<'_, Turn>) -> IoResult {
         self.check_sound()?;
-        let number = self.flushes.fetch_add(1, Ordering::AcqRel) + 1;
-        self.write_in_order().await?;
+        let number = self.turns.fetch_add(1, Ordering::AcqRel) + 1;
+        self.write_in_order(&mut turn).await?;
         turn.done = number;
+        turn.handed = number;
         Ok(())
     }
 
@@ -91,17 +102,15 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The caller has the turn.
-    async fn write_in_order(&self) -> IoResult {
+    async fn write_in_order(&self, turn: &mut Turn) -> IoResult {
         let unlinked = std::mem::take(&mut *lock(&self.unlinked));
         self.much_unlinked.store(false, Ordering::Relaxed);
-        let l1 = self.take_l1();
+        let l1 = self.take_l1(true);
         let l2 = self.l2.dirty_copies();
-        let result = self.write_copies(&l1, &l2).await;
+        let result = self.write_copies(&l1, &l2, turn).await;
         if result.is_err() {
             lock(&self.unlinked).extend(unlinked);
-            let mut table = self.l1.write().unwrap_or_else(PoisonError::into_inner);
-            table.dirty.extend(l1.iter().map(|(sector, ..)| *sector));
+            self.give_back_l1(&l1, true);
             return result;
         }
         for copy in &l2 {
@@ -114,21 +123,50 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The dirty sectors of the L1 table: index, place, bytes. They count as clean then.
-    fn take_l1(&self) -> Vec<(u64, u64, Vec<u8>)> {
+    /// The sectors of the L1 table that are dirty, or not handed over at least. They count as what they will be then.
+    pub(super) fn take_l1(&self, dirty: bool) -> Vec<Sector> {
         let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
-        let sectors = std::mem::take(&mut l1.dirty);
+        let mut sectors = std::mem::take(&mut l1.unhanded);
+        if dirty {
+            sectors = std::mem::take(&mut l1.dirty);
+        }
         let per_sector = usize::try_from(SECTOR / 8).unwrap_or(64);
         sectors
             .into_iter()
-            .filter_map(|sector| {
-                let entries = l1.entries.chunks(per_sector).nth(usize::try_from(sector).ok()?)?;
-                Some((sector, l1.at + sector * SECTOR, entries.iter().flat_map(|e| e.to_be_bytes()).collect()))
+            .filter_map(|index| {
+                let entries = l1.entries.chunks(per_sector).nth(usize::try_from(index).ok()?)?;
+                let bytes = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+                Some(Sector { index, at: l1.at + index * SECTOR, bytes })
             })
             .collect()
     }
 
-    async fn write_copies(&self, l1: &[(u64, u64, Vec<u8>)], l2: &[Copy]) -> IoResult {
+    /// These sectors could not be written.
+    pub(super) fn give_back_l1(&self, sectors: &[Sector], dirty: bool) {
+        let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
+        l1.unhanded.extend(sectors.iter().map(|sector| sector.index));
+        if dirty {
+            l1.dirty.extend(sectors.iter().map(|sector| sector.index));
+        }
+    }
+
+    async fn write_copies(&self, l1: &[Sector], l2: &[Copy], turn: &mut Turn) -> IoResult {
+        self.write_counts(turn).await?;
+        if l2.is_empty() && l1.is_empty() {
+            return Ok(());
+        }
+        self.write_l2(l1, l2).await?;
+        if !l1.is_empty() {
+            self.file.flush().await?;
+            self.write_l1(l1).await?;
+        }
+        self.file.flush().await
+    }
+
+    /// Steps 1 and 2: the counts of everything that has been copied are in the image, or it is marked so that they are not relied
+    /// on; and so are data and copies, all of it for good.
+    pub(super) async fn write_counts(&self, turn: &mut Turn) -> IoResult {
+        let (counted, stable) = (self.refs.raised(), self.handover.exposed());
         if self.lazy.load(Ordering::Relaxed) {
             if !self.refs_are_clean() {
                 self.mark_dirty().await?;
@@ -137,25 +175,30 @@ impl Qcow2 {
         } else {
             self.write_refcounts().await?;
         }
-        if l2.is_empty() && l1.is_empty() {
-            return Ok(());
-        }
+        (turn.counted, turn.stable) = (counted, stable);
+        Ok(())
+    }
+
+    /// Checks both, and writes the copies of L2 tables.
+    pub(super) async fn write_l2(&self, l1: &[Sector], l2: &[Copy]) -> IoResult {
         for copy in l2 {
             self.check_overlap(Kinds::ACTIVE_L2, copy.at, u64_of(copy.bytes.len()))?;
         }
-        for (_, at, bytes) in l1 {
-            self.check_overlap(Kinds::ACTIVE_L1, *at, u64_of(bytes.len()))?;
+        for sector in l1 {
+            self.check_overlap(Kinds::ACTIVE_L1, sector.at, u64_of(sector.bytes.len()))?;
         }
         if !l2.is_empty() {
             self.file.raise(BlkdebugEvent::L2Update);
         }
-        write_all(&self.file, l2.iter().map(|copy| (copy.at, &copy.bytes[..]))).await?;
+        write_all(&self.file, l2.iter().map(|copy| (copy.at, &copy.bytes[..]))).await
+    }
+
+    /// Writes the copies of the L1 table.
+    pub(super) async fn write_l1(&self, l1: &[Sector]) -> IoResult {
         if !l1.is_empty() {
-            self.file.flush().await?;
             self.file.raise(BlkdebugEvent::L1Update);
-            write_all(&self.file, l1.iter().map(|(_, at, bytes)| (*at, &bytes[..]))).await?;
         }
-        self.file.flush().await
+        write_all(&self.file, l1.iter().map(|sector| (sector.at, &sector.bytes[..]))).await
     }
 
     /// From here on refcounts in the image may be too low [qcow2 §Header, dirty bit]. The caller has the turn.
@@ -347,6 +390,7 @@ impl Qcow2 {
         if self.is_read_only() || self.check_sound().is_err() || !self.prepared.load(Ordering::Acquire) {
             return;
         }
+        self.give_back_spare().await;
         // Clusters that wait for nobody any more are freed by the second one, which writes their counts.
         for _ in 0..3 {
             if self.is_clean() && lock(&self.retired).is_empty() && lock(&self.unlinked).is_empty() {

@@ -12,6 +12,7 @@ use super::entry::{COPIED, Entry, Malformed, OFFSET, Place, Shape};
 use super::epoch::Epochs;
 use super::extensions::Extensions;
 use super::guard::Guard;
+use super::handover::Handover;
 use super::header::Header;
 use super::refcount::{Refcounts, SECTOR};
 use super::unpacked::Unpacked;
@@ -32,6 +33,8 @@ pub(super) struct L1 {
     pub at: u64,
     /// Sectors of it that have to be written.
     pub dirty: BTreeSet<u64>,
+    /// Sectors of it that the host does not have, see `handover`.
+    pub unhanded: BTreeSet<u64>,
 }
 
 /// Host clusters that nothing refers to any more, as soon as what unlinked them is in the image for good.
@@ -72,8 +75,14 @@ impl Discards {
 /// What a flush has to keep in order, see `flush`.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
-    /// Number of the last flush that succeeded.
+    /// Number of the last turn that succeeded as a flush.
     pub done: u64,
+    /// Number of the last turn that handed over.
+    pub handed: u64,
+    /// What of [`Refcounts::raised`] is in the image for good.
+    pub counted: u64,
+    /// What of [`Handover::exposed`] is in the image for good.
+    pub stable: u64,
 }
 
 /// An open image.
@@ -118,7 +127,9 @@ pub struct Qcow2 {
     /// What was unlinked before it, and the epoch whose requests may still use it. Never across an await.
     pub(super) retired: Mutex<Vec<(u64, Vec<Free>)>>,
     pub(super) turn: tokio::sync::Mutex<Turn>,
-    pub(super) flushes: AtomicU64,
+    /// Turns that have begun.
+    pub(super) turns: AtomicU64,
+    pub(super) handover: Handover,
     /// What has to be done once before the first change has been done.
     pub(super) prepared: AtomicBool,
     /// One at a time does it.
@@ -206,6 +217,7 @@ impl Qcow2 {
             *entry = value;
         }
         l1.dirty.insert(index * 8 / SECTOR);
+        l1.unhanded.insert(index * 8 / SECTOR);
     }
 
     /// Offset of the slice of the table at `table` that maps `at`.
@@ -226,6 +238,12 @@ impl Qcow2 {
             return Err(self.unaligned_table(at, table));
         }
         self.l2.get(self.slice_at(table, at), &self.file).await.map(Some)
+    }
+
+    /// The same if it is in the cache.
+    pub(super) fn cached_slice(&self, at: u64) -> Option<Arc<Block>> {
+        let table = self.l1_entry(at) & OFFSET;
+        if table == 0 { None } else { self.l2.peek(self.slice_at(table, at)) }
     }
 
     /// Byte offset in its slice of the entry for `at`.

@@ -12,6 +12,7 @@
 //! | `read`, `compress`, `unpacked` | reading |
 //! | `write`, `packed`, `zero`, `resize` | changing |
 //! | `flush` | what is written in which order |
+//! | `handover` | what users that stay need when this process dies |
 //! | `snapshot`, `switch` | internal snapshots; all metadata changes by one write of the header |
 //! | `bitmap` | bitmaps of the image, which record writes |
 //! | `guard`, `damage` | what is not overwritten, and what becomes of a damaged image |
@@ -34,6 +35,7 @@ mod epoch;
 mod extensions;
 mod flush;
 mod guard;
+mod handover;
 mod header;
 mod image;
 mod info;

@@ -8,6 +8,7 @@ use super::damage::Damage;
 use super::entry::Shape;
 use super::extensions::Extensions;
 use super::guard::Guard;
+use super::handover::Handover;
 use super::header::{self, Header};
 use super::image::{L1, Qcow2};
 use super::options::Tuning;
@@ -76,7 +77,8 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
         much_unlinked: false.into(),
         retired: Vec::new().into(),
         turn: tokio::sync::Mutex::default(),
-        flushes: AtomicU64::new(0),
+        turns: AtomicU64::new(0),
+        handover: Handover::default(),
         prepared: false.into(),
         preparing: tokio::sync::Mutex::default(),
         bitmaps,

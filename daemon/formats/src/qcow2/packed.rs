@@ -80,7 +80,8 @@ impl Qcow2 {
             old
         };
         self.file.raise(BlkdebugEvent::L2UpdateCompressed);
-        match self.change_slice(at, change).await? {
+        self.handover.expose();
+        match self.change_slice(at..at + 1, change).await? {
             Ok(old) => {
                 self.unlink(&[old], self.discards().other);
                 Ok(())

@@ -9,6 +9,7 @@ use super::cache::{Block, Cache};
 use block::{BlkdebugEvent, Edge, Errno, IoResult};
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of the pieces in which tables are written.
@@ -66,6 +67,8 @@ pub struct Refcounts {
     table: Mutex<Table>,
     /// Refcount blocks, each a cluster.
     pub blocks: Arc<Cache>,
+    /// See [`Refcounts::raised`].
+    raised: AtomicU64,
 }
 
 /// A try at something that needs a block.
@@ -135,6 +138,7 @@ impl Refcounts {
             order,
             table: Mutex::new(Table::read(cluster_bits, at, table)),
             blocks: Arc::new(Cache::new(cache, 1 << cluster_bits, BlkdebugEvent::RefblockLoad)),
+            raised: AtomicU64::new(0),
         }
     }
 
@@ -146,6 +150,21 @@ impl Refcounts {
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often counts have risen. Blocks and table that are copied after this call have all those rises.
+    pub fn raised(&self) -> u64 {
+        self.raised.load(Ordering::Acquire)
+    }
+
+    /// Notes that a count has risen, or that the image has become longer for clusters that are counted.
+    pub fn note_raised(&self) {
+        self.raised.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// No cluster below this one is free.
+    pub fn first_free(&self) -> u64 {
+        self.table().first_free
     }
 
     /// Refcounts in a block.
@@ -285,7 +304,10 @@ impl Refcounts {
     pub async fn claim(&self, most: u64, from: Option<u64>, file: &Edge) -> IoResult<Range<u64>> {
         loop {
             match self.try_claim(most, from, file)? {
-                Try::Done(run) => return Ok(run),
+                Try::Done(run) => {
+                    self.note_raised();
+                    return Ok(run);
+                }
                 Try::Load(index) => drop(self.load(index, file).await?),
                 Try::Grow(entries) => self.grow(entries, file)?,
             }
@@ -336,7 +358,10 @@ impl Refcounts {
                     self.blocks.change(&block, |bytes| self.write(bytes, within, count + 1)).map(|()| true)
                 });
                 match counted {
-                    Some(true) => return Ok(Some(at)),
+                    Some(true) => {
+                        self.note_raised();
+                        return Ok(Some(at));
+                    }
                     Some(false) => return Ok(None),
                     None => table.rest = at,
                 }

@@ -57,6 +57,7 @@ impl Qcow2 {
         if self.is_read_only() || self.check_sound().is_err() {
             return Ok(());
         }
+        self.give_back_spare().await;
         for _ in 0..4 {
             self.write_out().await?;
             if self.is_clean() && lock(&self.retired).is_empty() && lock(&self.unlinked).is_empty() {
@@ -106,6 +107,7 @@ impl Qcow2 {
         self.l2.clear();
         self.unpacked.forget(&(0..u64::MAX));
         self.refs.read_anew(header.reftable_at, &reftable.to_vec());
+        self.handover.take_spare();
         lock(&self.unlinked).clear();
         lock(&self.retired).clear();
         {
@@ -113,6 +115,7 @@ impl Qcow2 {
             table.entries = l1.to_vec().chunks_exact(8).map(|entry| be64(entry, 0)).collect();
             table.at = header.l1_at;
             table.dirty.clear();
+            table.unhanded.clear();
             debug_assert_eq!(
                 u64_of(table.entries.len()),
                 u64::from(header.l1_entries),

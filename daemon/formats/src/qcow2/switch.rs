@@ -126,6 +126,7 @@ impl Switch<'_> {
             l1.entries = new_l1;
             l1.at = places.l1.start << bits;
             l1.dirty.clear();
+            l1.unhanded.clear();
         }
         image.l2.clear();
         image.unpacked.forget(&(0..u64::MAX));

@@ -230,6 +230,7 @@ impl Qcow2 {
         let mut claimed = None;
         // Bytes of the host from here on have never been written.
         let mut virgin = u64::MAX;
+        let mut spare = false;
         let host = match run.way {
             Way::InPlace(host) | Way::Reuse(host) => {
                 self.check_host(host, run.bytes.end - run.bytes.start)?;
@@ -238,7 +239,11 @@ impl Qcow2 {
             Way::Fresh if self.data_file.is_some() => start,
             Way::Fresh => {
                 virgin = self.file.size();
-                let clusters = self.claim(count, None).await?;
+                let (clusters, from_spare) = self.claim_for_data(count).await?;
+                if from_spare {
+                    spare = true;
+                    virgin = clusters.start << self.shape.cluster_bits;
+                }
                 let got = clusters.end - clusters.start;
                 run.bytes.end = run.bytes.end.min(start + got * cluster);
                 run.entries.truncate(us(got));
@@ -248,11 +253,16 @@ impl Qcow2 {
             }
         };
         let part = buf.slice(0, us(run.bytes.end - run.bytes.start));
-        let written = self.fill_clusters(&run, &part, start, host, virgin).await;
-        let linked = match written {
-            Ok(()) => self.link(&run, start, host).await,
-            Err(errno) => Err(errno),
+        let written = async {
+            let was_zero = spare && self.reads_zero(&(start..run.bytes.end.next_multiple_of(cluster))).await?;
+            self.fill_clusters(&run, &part, start, host, virgin).await?;
+            // Zeroes in the place of zeroes: whatever of the data a power failure leaves is right.
+            if !was_zero {
+                self.handover.expose();
+            }
+            self.link(&run, start, host).await
         };
+        let linked: IoResult = written.await;
         match linked {
             Ok(()) => Ok(part.len()),
             Err(errno) => {
@@ -376,18 +386,24 @@ impl Qcow2 {
                 self.put_entry(slice, base, entry);
             }
         };
-        self.change_slice(run.bytes.start, change).await?;
+        self.change_slice(run.bytes.clone(), change).await?;
         if run.way == Way::Fresh {
             self.unlink(&run.entries, self.discards().other);
         }
         Ok(())
     }
 
-    /// Changes the slice that maps `at`, which exists.
-    pub(super) async fn change_slice<R>(&self, at: u64, mut change: impl FnMut(&mut Vec<u8>) -> R) -> IoResult<R> {
+    /// Changes the entries for `range`, which one slice maps. It exists.
+    pub(super) async fn change_slice<R>(
+        &self,
+        range: Range<u64>,
+        mut change: impl FnMut(&mut Vec<u8>) -> R,
+    ) -> IoResult<R> {
+        let first = self.place_in_slice(range.start);
+        let part = first..self.place_in_slice(range.end.saturating_sub(1)).max(first) + us(self.entry_size());
         loop {
-            let Some(slice) = self.slice(at).await? else { return Err(Errno::EIO) };
-            if let Some(result) = self.l2.change(&slice, &mut change) {
+            let Some(slice) = self.slice(range.start).await? else { return Err(Errno::EIO) };
+            if let Some(result) = self.l2.change_part(&slice, part.clone(), &mut change) {
                 return Ok(result);
             }
         }

@@ -77,7 +77,7 @@ impl Qcow2 {
             if create || self.l1_entry(at) != 0 {
                 self.own_table(at).await?;
                 let change = |slice: &mut Vec<u8>| self.change_entries(slice, at, end, &new);
-                let gone = self.change_slice(at, change).await??;
+                let gone = self.change_slice(at..end, change).await??;
                 self.unlink(&gone, self.discards().request);
             }
             drop(held);
