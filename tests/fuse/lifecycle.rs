@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 use serde_json::json;
-use tests::{known_defect, skip};
+use tests::{Setup, known_defect, on_reference, skip};
 
 use crate::{MIB, Mounted, is_mounted, raw, says_gone};
 
@@ -67,8 +67,50 @@ fn a_killed_daemon_leaves_a_mount_that_says_so() {
         let aborted = error.raw_os_error() == Some(Errno::ECONNABORTED as i32);
         assert!(says_gone(&error) || aborted, "{error}");
     }
+    // A daemon that comes after it finds that it cannot use the place, and leaves it to whoever knows what it was.
+    let args = format!("--export fuse,id=e,node-name=f,mountpoint={}", mounted.name());
+    let ended = raw(MIB).line(&args).run();
+    assert!(!ended.status.success());
+    let expected = format!("Failed to stat '{}': ", mounted.name());
+    assert!(ended.stderr.contains(&expected), "{}", ended.stderr);
     umount2(&mounted.path(), MntFlags::MNT_DETACH).unwrap();
     assert!(is_empty_file(&mounted.path()));
+    let mut next = raw(MIB).line(&args).start();
+    assert_eq!(fs::metadata(mounted.path()).unwrap().len(), MIB);
+    next.stop();
+    assert!(!is_mounted(&mounted.path()));
+}
+
+/// A program is killed while it waits for the image: it goes when its request is done, and nothing of it stays behind.
+#[test]
+fn a_reader_that_is_killed_holds_nobody_up() {
+    if on_reference() {
+        skip!("its nodes do not tell how many requests they have");
+    }
+    let setup = Setup::new()
+        .image("a.img", MIB)
+        .line("--object throttle-group,id=g,x-iops-total=1")
+        .line("--blockdev file,node-name=p,filename=a.img")
+        .line("--blockdev throttle,node-name=f,file=p,throttle-group=g");
+    let Some(mounted) = Mounted::start(setup, "") else { skip!("no FUSE here") };
+    let command = ["if=".to_owned() + &mounted.name(), "of=/dev/null".to_owned(), "bs=4k".to_owned()];
+    let mut reader =
+        std::process::Command::new("dd").args(command).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut qmp = mounted.daemon.qmp();
+    tests::wait_for("a request to wait for its turn", || {
+        let stats = qmp.ok("query-blockstats", json!({"query-nodes": true}));
+        stats
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|one| one["node-name"] == "p" && one["stats"]["rd_operations"] == 1)
+            .then_some(())
+    });
+    reader.kill().unwrap();
+    qmp.ok("qom-set", json!({"path": "/objects/g", "property": "limits", "value": {"iops-total": 0}}));
+    assert!(!reader.wait().unwrap().success());
+    assert_eq!(fs::read(mounted.path()).unwrap().len(), usize::try_from(MIB).unwrap());
+    umount2(&mounted.path(), MntFlags::empty()).unwrap_or_else(|error| panic!("something still uses it: {error}"));
 }
 
 #[test]

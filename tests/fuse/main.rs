@@ -10,6 +10,7 @@ mod lifecycle;
 mod options;
 mod random;
 mod transport;
+mod unprivileged;
 
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
