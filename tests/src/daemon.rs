@@ -300,6 +300,13 @@ impl Daemon {
         fields.split_whitespace().skip(11).take(2).map(|tick| tick.parse::<u64>().expect("ticks")).sum()
     }
 
+    /// How many threads it has, and how many mappings of memory.
+    pub fn threads_and_mappings(&self) -> (usize, usize) {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("list its threads").count();
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).expect("list its mappings");
+        (threads, maps.lines().count())
+    }
+
     /// How many descriptors it has open.
     pub fn open_fds(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("list its descriptors").count()

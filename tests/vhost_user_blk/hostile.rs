@@ -330,14 +330,3 @@ fn a_front_end_that_never_reads_holds_nobody_up() {
     qmp.event("BLOCK_EXPORT_DELETED");
     assert!(daemon.alive());
 }
-
-#[test]
-fn a_thousand_connects() {
-    let mut daemon = serving("writable=on");
-    let before = daemon.open_fds();
-    for _ in 0..1000 {
-        drop(FrontEnd::connect(&socket(&daemon)));
-    }
-    works(&mut daemon);
-    assert!(daemon.open_fds() <= before + 10);
-}

@@ -126,7 +126,7 @@ fn queues_are_stopped_and_started_again() {
 }
 
 /// A disk that does one request a second, so that others wait.
-fn slow() -> tests::Daemon {
+pub(crate) fn slow() -> tests::Daemon {
     Setup::new()
         .qmp()
         .image("disk.img", 8 * MIB)
@@ -137,7 +137,8 @@ fn slow() -> tests::Daemon {
         .start()
 }
 
-fn fast(qmp: &mut tests::qmp::Client) {
+/// It does as many as it can from now on.
+pub(crate) fn fast(qmp: &mut tests::qmp::Client) {
     qmp.ok("qom-set", json!({"path": "/objects/g", "property": "limits", "value": {"iops-total": 0}}));
 }
 

@@ -146,6 +146,9 @@ impl Vring {
             return Err(Broken("a ring is started before its size and place are known"));
         };
         let mut ring = Ring::new(around.memory, &at, size, self.base, around.features)?;
+        if around.inflight.is_some_and(|region| region.queue_size < size) {
+            return Err(Broken("the inflight region is one of shorter rings"));
+        }
         let mut inflight = around.inflight.and_then(|region| region.queue(index));
         let note = around.inflight.and_then(|region| region.queue(index));
         let (mut left, mut noted) = (Vec::new(), None);
