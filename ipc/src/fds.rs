@@ -1,8 +1,13 @@
 //! Descriptors that travel with bytes on a Unix socket (SCM_RIGHTS), counted.
 //!
 //! A message of these protocols carries exactly one descriptor or none. A peer can send as many as it likes with each
-//! byte: [`Passed`] counts them, and whoever receives stops at the second. At most two come with one receive; those beyond
-//! are closed by the kernel (MSG_CTRUNC), which counts as too many. All are owned, so nothing leaks whatever the peer does.
+//! byte: [`Passed`] counts them, and whoever receives stops at the second. All are owned, so nothing leaks whatever the peer
+//! does.
+//!
+//! The last close of a descriptor can hang for as long as its sender likes: a socket that lingers, a file of the
+//! sender's own file system. So nothing here closes one, and neither does the kernel here: a message is looked at first
+//! (MSG_PEEK), which leaves the kernel its own references, and taken off the socket only when every descriptor of it is
+//! owned. What is still on a socket is closed with it, by whoever closes that.
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -43,21 +48,46 @@ impl Passed {
 
 /// Receives at most `buf.len()` bytes and adds what descriptors come with them to `passed`.
 ///
-/// Returns the number of bytes, 0 at the end of the stream. Descriptors are close-on-exec. Errors are those of
-/// recvmsg(2), `WouldBlock` on a non-blocking socket included.
+/// Returns the number of bytes, 0 at the end of the stream. Descriptors are close-on-exec. Only one thread at a time may
+/// receive from a socket.
+///
+/// # Errors
+/// Those of recvmsg(2), `WouldBlock` on a non-blocking socket included. `InvalidData`: more than one descriptor came so far;
+/// nothing more should be received.
 pub fn receive(socket: impl AsFd, buf: &mut [u8], passed: &mut Passed) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(socket, &mut [IoSliceMut::new(buf)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let look = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
+    let seen = recvmsg(&socket, &mut [IoSliceMut::new(buf)], &mut control, look)?;
+    let mut fds = Vec::new();
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(fds) = message {
-            passed.fds.extend(fds);
+        if let RecvAncillaryMessage::ScmRights(some) = message {
+            fds.extend(some);
         }
     }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
+    if fds.len() > 1 || seen.flags.contains(ReturnFlags::CTRUNC) {
+        // Not all of them may be owned, so the message stays where it is.
+        passed.fds.extend(fds);
         passed.truncated = true;
+        return Err(too_many());
     }
-    Ok(received.bytes)
+    let buf = buf.get_mut(..seen.bytes).unwrap_or_default();
+    if buf.is_empty() {
+        return Ok(0);
+    }
+    // What was seen is there, so this neither waits nor brings other bytes.
+    let mut none = RecvAncillaryBuffer::default();
+    let taken = recvmsg(&socket, &mut [IoSliceMut::new(buf)], &mut none, RecvFlags::empty())?;
+    // Linux shows with the last bytes of one message also the descriptors of the next. Those are still on the socket, so
+    // that they are closed here is not their last close.
+    if taken.flags.contains(ReturnFlags::CTRUNC) {
+        passed.fds.extend(fds);
+    }
+    if passed.is_too_many() { Err(too_many()) } else { Ok(taken.bytes) }
+}
+
+fn too_many() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "More than one file descriptor in request")
 }
 
 /// Sends bytes, and a descriptor with the first of them; returns how many bytes went. A closed peer is an error
@@ -95,11 +125,14 @@ mod tests {
             let (a, b) = UnixStream::pair().unwrap();
             send_many(&a, b"x", count);
             let mut passed = Passed::default();
-            assert_eq!(receive(&b, &mut [0; 8], &mut passed).unwrap(), 1);
+            assert_eq!(receive(&b, &mut [0; 8], &mut passed).ok(), (!many).then_some(1));
             assert_eq!((passed.is_too_many(), passed.take_one().is_some()), (many, !many), "{count}");
-            // None is left open: when our end is closed, nobody else holds the peer's socket.
+            // None is left open: when our end is closed and the message gone, nobody else holds the peer's socket.
             drop(passed);
             drop(a);
+            if many {
+                rustix::net::recv(&b, &mut [0; 8], RecvFlags::empty()).unwrap();
+            }
             assert_eq!(
                 receive(&b, &mut [0; 8], &mut Passed::default()).unwrap(),
                 0,
@@ -117,8 +150,48 @@ mod tests {
         // The kernel does not merge messages that carry descriptors.
         assert_eq!(receive(&b, &mut [0; 8], &mut passed).unwrap(), 1);
         assert!(!passed.is_too_many() && !passed.is_none());
-        assert_eq!(receive(&b, &mut [0; 8], &mut passed).unwrap(), 1);
+        let error = receive(&b, &mut [0; 8], &mut passed).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         assert!(passed.is_too_many() && passed.take_one().is_none());
+    }
+
+    #[test]
+    fn bytes_come_in_pieces_with_the_descriptors_of_their_message() {
+        let (a, b) = UnixStream::pair().unwrap();
+        send_many(&a, b"abc", 1);
+        send(&a, b"de", None).unwrap();
+        send_many(&a, b"f", 1);
+        let (mut got, mut passed) = (Vec::new(), Vec::new());
+        while got.len() < 6 {
+            let (mut buf, mut with) = ([0; 2], Passed::default());
+            let n = receive(&b, &mut buf, &mut with).unwrap();
+            got.extend_from_slice(&buf[..n]);
+            passed.push((n, with.take_one().is_some()));
+        }
+        assert_eq!(got, b"abcdef");
+        assert_eq!(passed.iter().filter(|row| row.1).count(), 2, "{passed:?}");
+        assert!(passed[0].1, "{passed:?}");
+    }
+
+    #[test]
+    fn a_descriptor_lives_on_until_its_owner_closes_it() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        let fds = [writer.as_fd(); 3];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        sendmsg(&a, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).unwrap();
+        drop(writer);
+        let mut passed = Passed::default();
+        receive(&b, &mut [0; 8], &mut passed).unwrap_err();
+        drop(passed);
+        // The kernel has not closed the third, for which there was no room.
+        rustix::io::ioctl_fionbio(&reader, true).unwrap();
+        let read = || rustix::io::read(&reader, &mut [0; 1]);
+        assert_eq!(read(), Err(rustix::io::Errno::AGAIN));
+        drop(b);
+        assert_eq!(read(), Ok(0));
     }
 
     #[test]

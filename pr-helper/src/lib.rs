@@ -26,4 +26,5 @@ pub mod run;
 mod scsi_device;
 pub mod server;
 pub mod sg_io;
+pub mod shares;
 pub mod trace;

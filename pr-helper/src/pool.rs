@@ -36,7 +36,7 @@ struct Task {
     parameters: Vec<u8>,
     answer: oneshot::Sender<Reply>,
     /// Given back when the device has answered, not when the client has.
-    _permits: [OwnedSemaphorePermit; 2],
+    _permits: [OwnedSemaphorePermit; 3],
 }
 
 /// Hands commands to the threads; lives on the thread of the sockets.
@@ -86,14 +86,15 @@ impl Workers {
 }
 
 impl Pool {
-    /// Executes a command; answers by the deadline.
-    pub async fn execute(&self, device: Device, cdb: Cdb, parameters: Vec<u8>) -> Reply {
+    /// Executes a command for somebody with this share of the threads; answers by the deadline.
+    pub async fn execute(&self, share: &Arc<Semaphore>, device: Device, cdb: Cdb, parameters: Vec<u8>) -> Reply {
         let deadline = tokio::time::Instant::now() + self.deadline;
         let started = async {
             let of_device = self.of_device(device.number()).acquire_owned().await.ok()?;
+            let of_share = share.clone().acquire_owned().await.ok()?;
             let of_pool = self.threads.clone().acquire_owned().await.ok()?;
             let (answer, answered) = oneshot::channel();
-            self.tasks.send(Task { device, cdb, parameters, answer, _permits: [of_device, of_pool] }).ok()?;
+            self.tasks.send(Task { device, cdb, parameters, answer, _permits: [of_device, of_share, of_pool] }).ok()?;
             Some(answered)
         };
         let answered = match tokio::time::timeout_at(deadline, started).await {
@@ -164,8 +165,28 @@ mod tests {
     }
 
     async fn run(pool: Arc<Pool>, minor: u32) -> Reply {
+        run_of(&Arc::new(Semaphore::new(64)), pool, minor).await
+    }
+
+    async fn run_of(share: &Arc<Semaphore>, pool: Arc<Pool>, minor: u32) -> Reply {
         let cdb = Cdb::build(Action::ReadKeys, 0, 8);
-        pool.execute(Device::of_number(Number { major: 8, minor }), cdb, Vec::new()).await
+        pool.execute(share, Device::of_number(Number { major: 8, minor }), cdb, Vec::new()).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hung_devices_hold_the_share_of_who_asked_for_them() {
+        let (pool, devices) = start(4, Duration::from_secs(30));
+        let share = Arc::new(Semaphore::new(2));
+        for _ in 0..2 {
+            assert_eq!(run_of(&share, pool.clone(), 1).await, Reply::check(Sense::TIMEOUT));
+        }
+        // Answered, but the threads still wait: no other device is asked in this share, though threads are free.
+        assert_eq!((share.available_permits(), pool.threads.available_permits()), (0, 2));
+        assert_eq!(run_of(&share, pool.clone(), 2).await, Reply::status(status::BUSY));
+        devices.let_go();
+        while share.available_permits() < 2 {
+            std::thread::yield_now();
+        }
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 //! the first.
 
 use crate::device::Executor;
-use crate::foreign::{self, Closing};
+use crate::foreign::{self, Closer};
 use crate::listen::{self, Made};
 use crate::log;
 use crate::notify::Manager;
@@ -12,6 +12,7 @@ use crate::options::{Options, Sandbox};
 use crate::policy::Policy;
 use crate::pool::{self, Workers};
 use crate::server::Server;
+use crate::shares::Shares;
 use crate::trace::{self, Trace};
 use listenfd::ListenFd;
 use sandbox::files::{Files, Rule};
@@ -19,10 +20,9 @@ use sandbox::identity::Identity;
 use sandbox::syscall::{Filters, Mode, PR_HELPER, Refusal};
 use sandbox::{Capability, Plan};
 use sd_notify::NotifyState;
-use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -65,7 +65,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     // The kernel gives up first, so that a thread is free again when its client has its answer.
     let executor = Executor::new(deadline * 3 / 4).map_err(|e| format!("cannot open /proc/devices: {e}"))?;
     let threads = usize::from(options.max_commands);
-    let (closer, closing) = channel();
+    let closer = Arc::new(Closer::default());
     let (pool, workers) = pool::new(Arc::new(executor), threads, deadline);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| format!("cannot start the event loop: {e}"))?;
@@ -88,7 +88,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     let report = report.map_err(|e| e.to_string())?;
     // 8. System calls: each thread enters its filter as its first act, this one last.
     let filters = Arc::new(filters(options, &policy, &made)?);
-    let written = start_threads(writer, closing, workers, threads, &filters)?;
+    let written = start_threads(writer, &closer, workers, threads, &filters)?;
     enter(&filters, "wire")?;
     log.verbose(|| {
         format!(
@@ -105,7 +105,7 @@ pub fn run(options: &Options) -> Result<(), String> {
         closer,
         idle: (options.idle_timeout != 0).then(|| Duration::from_secs(options.idle_timeout)),
         connections: Arc::new(Semaphore::new(usize::from(options.max_connections))),
-        peers: Mutex::new(HashMap::new()),
+        shares: Shares::new(usize::from(options.max_connections), threads),
     });
     if let Some(background) = background {
         background.ready().map_err(|e| e.to_string())?;
@@ -167,7 +167,7 @@ fn enter(filters: &Option<Filters>, role: &'static str) -> Result<(), String> {
 /// logger has written everything.
 fn start_threads(
     writer: log::Writer,
-    closing: Receiver<Closing>,
+    closer: &Arc<Closer>,
     workers: Workers,
     threads: usize,
     filters: &Arc<Option<Filters>>,
@@ -195,7 +195,10 @@ fn start_threads(
         drop(writing);
     };
     start("logger", entered.clone(), Box::new(log))?;
-    start("closer", entered.clone(), Box::new(|| foreign::close_all(closing)))?;
+    for _ in 0..foreign::THREADS {
+        let closer = closer.clone();
+        start("closer", entered.clone(), Box::new(move || closer.run()))?;
+    }
     for _ in 0..threads {
         let workers = workers.clone();
         start("worker", entered.clone(), Box::new(|| workers.run()))?;

@@ -5,19 +5,18 @@
 //! nobody else's.
 
 use crate::device::Device;
-use crate::foreign::{Arrival, Closing, Foreign};
+use crate::foreign::{Arrival, Claim, Closer, Foreign, Owner, Socket};
 use crate::log::{Entry, Log};
 use crate::policy::{Peer, Policy, Question};
 use crate::pool::Pool;
+use crate::shares::{Share, Shares};
 use crate::trace::Event;
 use crate::{classic, frames, peer};
 use ipc::classic::{FEATURES, Protocol, Reply};
 use ipc::fds;
 use ipc::scsi::{Action, Cdb, Parameters, Sense};
-use std::collections::HashMap;
 use std::io;
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
@@ -26,15 +25,6 @@ use tokio::task::JoinSet;
 
 /// How long a client may take for the negotiation, for the rest of a request that it began, and to take its answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Connections of one process.
-const CONNECTIONS_PER_PEER: usize = 32;
-
-/// Requests of one process that are on their way; more wait, so that others get their share of the threads.
-pub const REQUESTS_PER_PEER: usize = 8;
-
-/// Messages of one process whose descriptors are not closed yet, those included that it has not begun to send.
-const DESCRIPTORS_PER_PEER: usize = 4 * CONNECTIONS_PER_PEER;
 
 /// Wait after the system refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -52,16 +42,9 @@ pub struct Server {
     /// The most connections.
     pub connections: Arc<Semaphore>,
     /// Closes what clients sent.
-    pub closer: Sender<Closing>,
-    /// The processes that are connected.
-    pub peers: Mutex<HashMap<i32, Weak<Share>>>,
-}
-
-/// What one process may use.
-pub struct Share {
-    connections: Arc<Semaphore>,
-    requests: Semaphore,
-    descriptors: Arc<Semaphore>,
+    pub closer: Arc<Closer>,
+    /// How much a process and a user may use.
+    pub shares: Shares,
 }
 
 /// Why a connection ended.
@@ -94,8 +77,9 @@ pub struct Connection {
     pub server: Arc<Server>,
     /// Who.
     pub peer: Peer,
-    share: Arc<Share>,
-    stream: UnixStream,
+    owner: Owner,
+    share: Share,
+    socket: Socket,
     stop: watch::Receiver<bool>,
 }
 
@@ -130,44 +114,34 @@ impl Server {
     }
 
     async fn serve(self: Arc<Self>, stream: UnixStream, stop: watch::Receiver<bool>) {
-        let Ok(_slot) = self.connections.clone().try_acquire_owned() else {
-            return self.log.message("too many connections, closing one");
-        };
-        let peer = match peer::of(&stream, self.policy.asks_for_units()) {
+        let peer = peer::of(&stream, self.policy.asks_for_units());
+        let owner = peer.as_ref().map_or(Owner { pid: 0, uid: u32::MAX }, |p| Owner { pid: p.pid, uid: p.uid });
+        let mut socket = Socket::new(stream, Claim::new(owner, self.closer.clone()));
+        let peer = match peer {
             Ok(peer) => peer,
             Err(e) => return self.log.message(&format!("cannot tell who a client is: {e}")),
         };
-        let share = self.share(peer.pid);
-        let Ok(_of_peer) = share.connections.clone().try_acquire_owned() else {
-            return self.log.message(&format!("too many connections of process {}, closing one", peer.pid));
-        };
+        let share = self.shares.of(owner);
+        let places = [
+            (&self.connections, String::new()),
+            (&share.process.connections, format!(" of process {}", peer.pid)),
+            (&share.user.connections, format!(" of user {}", peer.uid)),
+        ];
+        for (places, whose) in places {
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                return self.log.message(&format!("too many connections{whose}, closing one"));
+            };
+            socket.keep([place]);
+        }
         self.log.verbose(|| format!("process {} of user {} connected", peer.pid, peer.uid));
         let (log, pid) = (self.log.clone(), peer.pid);
         log.trace(Event::Connect, || format!("pid {pid} uid {}", peer.uid));
-        let end = Connection { server: self, peer, share, stream, stop }.run().await;
+        let end = Connection { server: self, peer, owner, share, socket, stop }.run().await;
         log.trace(Event::Disconnect, || format!("pid {pid} {end}"));
         match end {
             End::Done => log.verbose(|| format!("process {pid} disconnected")),
             other => log.message(&format!("process {pid}: {other}, closing socket.")),
         }
-    }
-
-    fn share(&self, pid: i32) -> Arc<Share> {
-        let mut peers = match self.peers.lock() {
-            Ok(peers) => peers,
-            Err(poisoned) => poisoned.into_inner(),
-        };
-        if let Some(share) = peers.get(&pid).and_then(Weak::upgrade) {
-            return share;
-        }
-        peers.retain(|_, share| share.strong_count() != 0);
-        let share = Arc::new(Share {
-            connections: Arc::new(Semaphore::new(CONNECTIONS_PER_PEER)),
-            requests: Semaphore::new(REQUESTS_PER_PEER),
-            descriptors: Arc::new(Semaphore::new(DESCRIPTORS_PER_PEER)),
-        });
-        peers.insert(pid, Arc::downgrade(&share));
-        share
     }
 }
 
@@ -197,10 +171,14 @@ impl Connection {
         result.err().unwrap_or(End::Done)
     }
 
-    /// A place for the descriptors of a message; waits while too many of this process are not closed yet.
+    /// A place for the descriptors of a message; waits while too many of this process or user are not
+    /// closed yet.
     pub async fn arrival(&self) -> Result<Arrival, End> {
-        let permit = self.share.descriptors.clone().acquire_owned().await.map_err(|_| End::Done)?;
-        Ok(Arrival::new(permit, self.server.closer.clone()))
+        let mut claim = Claim::new(self.owner, self.server.closer.clone());
+        for share in [&self.share.process.descriptors, &self.share.user.descriptors] {
+            claim = claim.with(share.clone().acquire_owned().await);
+        }
+        Ok(Arrival::new(claim))
     }
 
     /// Receives the first bytes of a request, as many as `buf` holds at most; waits as long as a client may be idle.
@@ -237,8 +215,7 @@ impl Connection {
 
     /// Ends the connection in both directions, for all who use it.
     pub fn hang_up(&self) {
-        // It fails only if the connection has ended already.
-        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
+        self.socket.hang_up();
     }
 
     /// Answers a request: checks, asks the policy, has a thread execute it, writes the audit line.
@@ -254,8 +231,8 @@ impl Connection {
         let reply = match device {
             Err(reply) => *reply,
             Ok(_) if denied => Reply::check(Sense::ACCESS_DENIED),
-            Ok(device) => match self.share.requests.acquire().await {
-                Ok(_one) => self.server.pool.execute(device, cdb, parameters).await,
+            Ok(device) => match self.share.process.requests.acquire().await {
+                Ok(_one) => self.server.pool.execute(&self.share.user.threads, device, cdb, parameters).await,
                 Err(_) => Reply::check(Sense::TARGET_FAILURE),
             },
         };
@@ -273,13 +250,13 @@ impl Connection {
         reply
     }
 
+    fn stream(&self) -> Result<&UnixStream, End> {
+        self.socket.stream().ok_or(End::Done)
+    }
+
     async fn receive(&self, buf: &mut [u8], arrival: &mut Arrival) -> Result<usize, End> {
-        let passed = &mut arrival.passed;
-        let received = self.stream.async_io(Interest::READABLE, || fds::receive(&self.stream, buf, passed)).await?;
-        if passed.is_too_many() {
-            return Err(End::Protocol("More than one file descriptor in request".into()));
-        }
-        Ok(received)
+        let (stream, passed) = (self.stream()?, &mut arrival.passed);
+        Ok(stream.async_io(Interest::READABLE, || fds::receive(stream, buf, passed)).await?)
     }
 
     async fn read(&self, mut buf: &mut [u8], arrival: &mut Arrival) -> Result<(), End> {
@@ -294,7 +271,8 @@ impl Connection {
 
     async fn write(&self, mut bytes: &[u8]) -> Result<(), End> {
         while !bytes.is_empty() {
-            let sent = self.stream.async_io(Interest::WRITABLE, || fds::send(&self.stream, bytes, None)).await?;
+            let stream = self.stream()?;
+            let sent = stream.async_io(Interest::WRITABLE, || fds::send(stream, bytes, None)).await?;
             bytes = bytes.get(sent..).unwrap_or_default();
         }
         Ok(())

@@ -314,3 +314,55 @@ fn want_of_descriptors_is_survived() {
     later.send(&read_keys, Some(null().as_fd()));
     assert_eq!(later.reply()[..4], [0, 0, 0, 2]);
 }
+
+/// A TCP socket whose last close waits until its peer, which never reads, has read everything.
+fn lingering() -> (OwnedFd, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 65536]).is_ok() {}
+    let linger = libc::linger { l_onoff: 1, l_linger: 10_000 };
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    (socket.into(), peer)
+}
+
+#[test]
+fn what_cannot_be_closed_holds_up_nobody_else() {
+    let read_keys = *Cdb::build(Action::ReadKeys, 0, 8).bytes();
+    let device = null();
+    let (null, other) = (device.as_fd(), device.as_fd());
+    type Way = (&'static str, fn(&Client, [std::os::fd::BorrowedFd<'_>; 3], &[u8]));
+    let ways: [Way; 4] = [
+        ("as the third of one message", |c, [n, o, l], cdb| c.send_all(cdb, &[n, o, l])),
+        ("as the only one, which is no device", |c, [_, _, l], cdb| c.send_all(cdb, &[l])),
+        ("behind a message that ends the connection", |c, [n, o, l], cdb| {
+            c.send_all(cdb, &[n, o]);
+            c.send_all(cdb, &[l]);
+        }),
+        ("with the second half of a request", |c, [n, _, l], cdb| {
+            c.send_all(&cdb[..3], &[n]);
+            c.send_all(&cdb[3..], &[l]);
+        }),
+    ];
+    for (name, send) in ways {
+        let helper = Helper::start(&["--audit=off"]);
+        let (socket, _peer) = lingering();
+        let bad = helper.negotiated(0);
+        // While the helper stands still, so that the message holds the last reference.
+        helper.signal("-STOP");
+        send(&bad, [null, other, socket.as_fd()], &read_keys);
+        drop(socket);
+        helper.signal("-CONT");
+        // On a second connection, so of the same process: its other descriptors wait, its requests do not.
+        for _ in 0..3 {
+            let mut good = helper.negotiated(0);
+            good.send(&read_keys, Some(null));
+            assert_eq!(good.reply()[..4], [0, 0, 0, 2], "{name}");
+        }
+        drop(bad);
+        let mut good = helper.negotiated(0);
+        good.send(&read_keys, Some(null));
+        assert_eq!(good.reply()[..4], [0, 0, 0, 2], "{name}: after its connection's end");
+    }
+}

@@ -1,6 +1,7 @@
 //! Starts a helper, ours or the reference, and talks to it byte by byte.
 
 use ipc::fds;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -154,6 +155,15 @@ impl Client {
     /// Sends bytes with a descriptor.
     pub fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) {
         assert_eq!(fds::send(self.0.as_fd(), bytes, fd).unwrap(), bytes.len());
+    }
+
+    /// Sends bytes with descriptors, as many as they are.
+    pub fn send_all(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        let bytes = [std::io::IoSlice::new(bytes)];
+        rustix::net::sendmsg(&self.0, &bytes, &mut control, rustix::net::SendFlags::empty()).unwrap();
     }
 
     /// A reply, header and payload.
