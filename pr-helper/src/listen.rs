@@ -3,10 +3,13 @@
 use crate::options::{DEFAULT_SOCKET, Options};
 use listenfd::ListenFd;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::stat::{Mode, fchmodat, umask};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Uid};
+use rustix::fs::{FileType, OFlags};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -39,6 +42,9 @@ pub fn listener(options: &Options, mut passed: ListenFd) -> Result<(UnixListener
     match passed.len() {
         0 => bind(options).map(|(listener, made)| (listener, Some(made))),
         1 if options.socket.is_some() => Err("Unix socket can't be set when using socket activation".into()),
+        1 if options.shapes_socket() => {
+            Err("Owner, mode and label of the socket can't be set when using socket activation".into())
+        }
         1 => match passed.take_unix_listener(0) {
             Ok(Some(listener)) => Ok((listener, None)),
             Ok(None) => Err("Failed to use socket activation: no socket".into()),
@@ -60,29 +66,41 @@ fn bind(options: &Options) -> Result<(UnixListener, Made), String> {
     }
     let owner = options.socket_user.as_deref().map(|name| user(name).map(|u| u.0)).transpose()?;
     let group = options.socket_group.as_deref().map(group).transpose()?;
-    let restricted = options.socket_mode.is_some() || owner.is_some() || group.is_some();
-    // Until owner and mode are right, nobody else may connect.
+    let label = options.socket_label.as_deref();
+    let restricted = options.socket_mode.is_some() || owner.is_some() || group.is_some() || label.is_some();
+    // Until owner, mode and label are right, nobody else may connect.
     let before = restricted.then(|| umask(Mode::from_bits_truncate(0o177)));
     let listener = UnixListener::bind(path).map_err(|e| failed(&e));
     if let Some(before) = before {
         umask(before);
     }
     let (listener, made) = (listener?, Made(path.to_owned()));
-    let mode = options.socket_mode.unwrap_or(0o755 & !current_umask());
-    let finish = || -> nix::Result<()> {
-        if restricted {
-            nix::unistd::chown(path, owner, group)?;
-            fchmodat(
-                nix::fcntl::AT_FDCWD,
-                path,
-                Mode::from_bits_truncate(mode),
-                nix::sys::stat::FchmodatFlags::FollowSymlink,
-            )?;
+    if restricted {
+        let mode = options.socket_mode.unwrap_or(0o755 & !current_umask());
+        if let Err(e) = shape(path, owner, group, mode, label) {
+            // That it cannot be removed either is no further news.
+            let _ = made.remove("socket");
+            return Err(failed(&e));
         }
-        Ok(())
-    };
-    finish().map_err(|e| failed(&e))?;
+    }
     Ok((listener, made))
+}
+
+/// Gives the socket at `path` its owner, mode and label; none of it to what somebody else put in its place.
+fn shape(path: &Path, owner: Option<Uid>, group: Option<Gid>, mode: u32, label: Option<&str>) -> io::Result<()> {
+    let socket = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+    if !FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode).is_socket() {
+        return Err(io::Error::other("it is no socket any more"));
+    }
+    // By this name the system calls below reach what was opened, wherever its path leads by now.
+    let name = format!("/proc/self/fd/{}", socket.as_raw_fd());
+    if let Some(label) = label {
+        // With its end, as the tools that show it expect.
+        let value = [label.as_bytes(), &[0]].concat();
+        rustix::fs::setxattr(&name, "security.selinux", &value, rustix::fs::XattrFlags::empty())?;
+    }
+    nix::unistd::chown(name.as_str(), owner, group)?;
+    std::fs::set_permissions(&name, std::fs::Permissions::from_mode(mode))
 }
 
 /// The umask can only be read by setting it.
@@ -93,12 +111,12 @@ fn current_umask() -> u32 {
 }
 
 /// A user of the options, or the message that there is none.
-pub fn user(name: &str) -> Result<(nix::unistd::Uid, Option<nix::unistd::Gid>), String> {
+pub fn user(name: &str) -> Result<(Uid, Option<Gid>), String> {
     sandbox::identity::user(name).ok_or_else(|| format!("invalid user '{name}'"))
 }
 
 /// A group of the options, or the message that there is none.
-pub fn group(name: &str) -> Result<nix::unistd::Gid, String> {
+pub fn group(name: &str) -> Result<Gid, String> {
     sandbox::identity::group(name).ok_or_else(|| format!("invalid group '{name}'"))
 }
 

@@ -1,7 +1,8 @@
 //! Lines to standard error, by a thread of their own: a full pipe must not hold up a request.
 //!
 //! Messages are text with the program's name; audit lines are JSON. When the queue is full, lines are dropped and
-//! counted, and the count is the next line.
+//! counted, and the count is the next line. Half of it is for the audit lines of what changes something or was refused, so
+//! that nobody hides these behind a flood of others.
 
 use crate::device::Number;
 use crate::policy::Peer;
@@ -12,12 +13,15 @@ use serde::Serialize;
 use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Lines that may wait.
 const QUEUE: usize = 1024;
+
+/// Of these, lines that are no audit line of a change or a refusal.
+const LESSER: usize = QUEUE / 2;
 
 /// Which commands leave an audit line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -34,15 +38,25 @@ pub enum Audit {
 #[derive(Debug, Clone)]
 pub struct Log {
     queue: SyncSender<Line>,
-    dropped: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     audit: Audit,
     verbose: bool,
     events: Arc<[Event]>,
 }
 
+#[derive(Debug, Default)]
+struct Counts {
+    /// Since the last line that was written.
+    dropped: AtomicU64,
+    /// Lesser lines that wait.
+    lesser: AtomicUsize,
+}
+
 /// A line, with its end.
 #[derive(Debug)]
 enum Line {
+    /// For standard error, an audit line of a change or a refusal.
+    Change(String),
     /// For standard error.
     Message(String),
     /// For where `--trace` says.
@@ -53,23 +67,26 @@ enum Line {
 #[derive(Debug)]
 pub struct Writer {
     queue: Receiver<Line>,
-    dropped: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     trace: Option<File>,
 }
 
 /// A new log.
 pub fn new(audit: Audit, verbose: bool, trace: Trace) -> (Log, Writer) {
     let (sender, receiver) = sync_channel(QUEUE);
-    let dropped = Arc::new(AtomicU64::new(0));
-    let log = Log { queue: sender, dropped: dropped.clone(), audit, verbose, events: trace.events.into() };
-    (log, Writer { queue: receiver, dropped, trace: trace.file })
+    let counts = Arc::new(Counts::default());
+    let log = Log { queue: sender, counts: counts.clone(), audit, verbose, events: trace.events.into() };
+    (log, Writer { queue: receiver, counts, trace: trace.file })
 }
 
 impl Writer {
     /// Writes until the last [`Log`] is gone.
     pub fn run(self) {
         for line in self.queue {
-            let dropped = self.dropped.swap(0, Ordering::Relaxed);
+            if !matches!(line, Line::Change(_)) {
+                self.counts.lesser.fetch_sub(1, Ordering::Relaxed);
+            }
+            let dropped = self.counts.dropped.swap(0, Ordering::Relaxed);
             // Nobody can be told that standard error is gone.
             let mut stderr = std::io::stderr().lock();
             if dropped != 0 {
@@ -77,7 +94,7 @@ impl Writer {
             }
             let _ = match (&line, &self.trace) {
                 (Line::Trace(text), Some(file)) => (&mut &*file).write_all(text.as_bytes()),
-                (Line::Trace(text) | Line::Message(text), _) => stderr.write_all(text.as_bytes()),
+                (Line::Trace(text) | Line::Message(text) | Line::Change(text), _) => stderr.write_all(text.as_bytes()),
             };
         }
     }
@@ -131,8 +148,13 @@ struct AuditLine<'a> {
 
 impl Log {
     fn put(&self, line: Line) {
-        if self.queue.try_send(line).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+        let lesser = !matches!(line, Line::Change(_));
+        if lesser && self.counts.lesser.fetch_add(1, Ordering::Relaxed) >= LESSER || self.queue.try_send(line).is_err()
+        {
+            if lesser {
+                self.counts.lesser.fetch_sub(1, Ordering::Relaxed);
+            }
+            self.counts.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -181,7 +203,8 @@ impl Log {
             milliseconds: u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX),
         };
         if let Ok(text) = serde_json::to_string(&line) {
-            self.put(Line::Message(text + "\n"));
+            let kind = if wanted == Audit::Changes { Line::Change } else { Line::Message };
+            self.put(kind(text + "\n"));
         }
     }
 }
@@ -207,7 +230,7 @@ mod tests {
             log.command(&entry(&peer, &reply, false));
             drop(log);
             let text = |line| match line {
-                Line::Message(text) | Line::Trace(text) => text,
+                Line::Message(text) | Line::Trace(text) | Line::Change(text) => text,
             };
             let lines: Vec<serde_json::Value> =
                 writer.queue.iter().map(|line| serde_json::from_str(&text(line)).unwrap()).collect();
@@ -223,11 +246,20 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_does_not_block() {
+    fn a_full_queue_does_not_block_and_keeps_room_for_changes() {
         let (log, writer) = new(Audit::All, true, Trace::default());
-        for _ in 0..QUEUE + 5 {
+        for _ in 0..LESSER + 5 {
             log.message("x");
         }
-        assert_eq!(writer.dropped.load(Ordering::Relaxed), 5);
+        assert_eq!(writer.counts.dropped.load(Ordering::Relaxed), 5);
+        let peer = Peer { pid: 1, uid: 2, gid: 3, unit: None };
+        let reply = Reply::status(status::GOOD);
+        log.command(&entry(&peer, &reply, false));
+        assert_eq!(writer.counts.dropped.load(Ordering::Relaxed), 6);
+        for _ in 0..QUEUE - LESSER + 1 {
+            log.command(&entry(&peer, &reply, true));
+        }
+        assert_eq!(writer.counts.dropped.load(Ordering::Relaxed), 7);
+        assert_eq!(writer.counts.lesser.load(Ordering::Relaxed), LESSER);
     }
 }

@@ -73,6 +73,10 @@ pub struct Options {
     #[arg(long, value_name = "GROUP")]
     pub socket_group: Option<String>,
 
+    /// Security label of the socket's path, as SELinux spells it (user:role:type:level).
+    #[arg(long, value_name = "LABEL")]
+    pub socket_label: Option<String>,
+
     /// Seconds until a client is answered, whatever its device does.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub timeout: u64,
@@ -114,6 +118,12 @@ impl Options {
     /// Which commands leave an audit line.
     pub fn audit(&self) -> Audit {
         self.audit.unwrap_or(if self.quiet { Audit::Changes } else { Audit::All })
+    }
+
+    /// Is anything said about the socket that is made?
+    pub fn shapes_socket(&self) -> bool {
+        let texts = [&self.socket_user, &self.socket_group, &self.socket_label];
+        self.socket_mode.is_some() || texts.iter().any(|text| text.is_some())
     }
 
     /// The pid file, if there is to be one.

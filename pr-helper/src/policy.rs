@@ -239,11 +239,15 @@ fn key_mask(text: &str) -> Option<KeyMask> {
     }
 }
 
-/// The unit in the text of /proc/PID/cgroup (version 2): the last component that is a service or a scope.
+/// The unit in the text of /proc/PID/cgroup (version 2): the first component below the slices, if it is a service or a
+/// scope, `[cgroups(7)]`.
+///
+/// What is below it has names that the unit gave: the services of a user's own manager, or of a container, can be called
+/// anything.
 pub fn unit_of_cgroup(text: &str) -> Option<String> {
-    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let is_unit = |part: &&str| part.ends_with(".service") || part.ends_with(".scope");
-    path.split('/').rev().find(is_unit).map(str::to_owned)
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let unit = path.split('/').find(|part| !part.ends_with(".slice"))?;
+    (unit.ends_with(".service") || unit.ends_with(".scope")).then(|| unit.to_owned())
 }
 
 #[cfg(test)]
@@ -314,6 +318,11 @@ mod tests {
         let cgroup = "0::/machine.slice/machine-qemu.scope/libvirt/emulator\n";
         assert_eq!(unit_of_cgroup(cgroup).as_deref(), Some("machine-qemu.scope"));
         assert_eq!(unit_of_cgroup("0::/\n"), None);
+        // A user's own manager, and a container, name their units as they like.
+        let users = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/qemu-7.scope\n";
+        assert_eq!(unit_of_cgroup(users).as_deref(), Some("user@1000.service"));
+        assert_eq!(unit_of_cgroup("0::/lxc/one/system.slice/one.service\n"), None);
+        assert_eq!(unit_of_cgroup("0::/../one.service\n"), None);
         assert_eq!(unit_of_cgroup("1:cpu:/x.service\n"), None);
     }
 
