@@ -23,6 +23,8 @@ pub enum Sandbox {
 
 /// Persistent reservation helper: issues SCSI PERSISTENT RESERVE commands for QEMU and the storage daemon.
 #[derive(Debug, Parser)]
+// As getopt_long has it: long names may be cut short, and what is given twice counts as given last.
+#[command(infer_long_args = true, args_override_self = true)]
 #[command(name = "qemu-pr-helper", version, disable_version_flag = true, max_term_width = 100)]
 pub struct Options {
     /// Run in the background (and create a pid file).
@@ -42,7 +44,7 @@ pub struct Options {
     pub pidfile: Option<PathBuf>,
 
     /// Path of the Unix socket, absolute; not with socket activation.
-    #[arg(short = 'k', long, value_name = "PATH", help = format!("Path of the Unix socket, absolute [default: {DEFAULT_SOCKET}]"))]
+    #[arg(short = 'k', long, aliases = ["s", "so", "soc", "sock", "socke"], value_name = "PATH", help = format!("Path of the Unix socket, absolute [default: {DEFAULT_SOCKET}]"))]
     pub socket: Option<PathBuf>,
 
     /// Trace events: [enable=]PATTERN[,events=FILE][,file=FILE], or help.
@@ -153,6 +155,10 @@ mod tests {
         assert_eq!(o.audit(), Audit::Changes);
         let o = parse(&["--pidfile=/p", "--socket=/s", "--user=x", "--group=y"]).unwrap();
         assert_eq!(o.pidfile(), Some(Path::new("/p")));
+        let o = parse(&["-vvq", "-v", "--sock=/a", "--socket", "/b", "--pid", "/p", "--dae", "-T", "a", "-T", "b"]);
+        let o = o.unwrap();
+        assert_eq!((o.pidfile(), o.socket.as_deref()), (Some(Path::new("/p")), Some(Path::new("/b"))));
+        assert!(o.daemon && o.quiet && o.verbose && o.trace == ["a", "b"]);
         assert_eq!(parse(&[]).unwrap().pidfile(), None);
         assert_eq!(parse(&["--daemon"]).unwrap().pidfile(), Some(Path::new(DEFAULT_PIDFILE)));
     }

@@ -17,11 +17,30 @@ ListenStream=/var/run/qemu\-pr\-helper.sock
 .fi
 .RE
 .PP
-\fB\-\-socket\fR and its permissions are the unit's affair then.
+\fB\-\-socket\fR and the options for its owner, permissions and label are the unit's affair then, and an error here.
 .SH PRIVILEGES
 After opening its socket the helper keeps CAP_SYS_RAWIO and no other capability, changes to \fB\-\-user\fR and \fB\-\-group\fR
 if they are given, and gives up files and all system calls that it does not need. Who may connect is decided by the permissions of the
 socket; who may do what, by \fB\-\-policy\fR, \fB\-\-allow\fR and \fB\-\-deny\fR.
+.SH RULES
+A command is refused if a \fB\-\-deny\fR rule matches it, or if there are \fB\-\-allow\fR rules and none does. A rule
+names users, groups, units (a star may end them), devices (MAJOR:MINOR or a path), actions and keys; what it does not
+name matches everything. The same in a file, for \fB\-\-policy\fR:
+.PP
+.RS 4
+.nf
+{ "allow": [ { "comment": "the cluster's guests, with keys of their own range",
+               "units": ["machine\-qemu*"], "devices": ["/dev/sdb"],
+               "keys": ["0xc100000000000000/0xff00000000000000"] },
+             { "comment": "everybody may look", "actions": ["in"] } ],
+  "deny":  [ { "comment": "only by hand", "actions": ["clear"] } ] }
+.fi
+.RE
+.PP
+Actions: \fBin\fR, \fBout\fR, read\-keys, read\-reservation, report\-capabilities, read\-full\-status, register,
+register\-and\-ignore, register\-and\-move, reserve, release, clear, preempt, preempt\-and\-abort,
+replace\-lost\-reservation. Keys are VALUE/MASK or VALUE, in hexadecimal; every key of a command that is not zero must
+match an \fBallow\fR rule, any one a \fBdeny\fR rule.
 .SH EXAMPLES
 Serve QEMU and the storage daemon of the group \fIkvm\fR:
 .PP

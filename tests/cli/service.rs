@@ -49,6 +49,8 @@ fn sockets_have_names_and_the_manager_is_told() {
     daemon.signal(Signal::SIGTERM);
     while hear(&manager).trim_end() != "STOPPING=1" {}
     assert_eq!(daemon.wait().code(), Some(0));
+    // They are the manager's, who starts the next daemon with them.
+    assert!(daemon.path("qmp.sock").exists() && daemon.path("nbd.sock").exists());
 }
 
 #[test]
