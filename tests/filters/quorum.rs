@@ -52,6 +52,37 @@ fn a_damaged_child_is_outvoted_and_reported() {
     }
 }
 
+/// One child asks for larger blocks than those in which another one is sparse.
+#[test]
+fn block_status_of_children_with_other_blocks() {
+    if !tools::installed("qemu-img") {
+        tests::skip!("qemu-img is not installed");
+    }
+    let daemon = Setup::new().qmp().nbd_server().image("a", MIB).image("b", MIB).start();
+    let file = std::fs::OpenOptions::new().write(true).open(daemon.path("b")).unwrap();
+    file.write_all_at(&[1; 4096], 73728).unwrap();
+    let mut qmp = daemon.qmp();
+    let child = |name: &str| json!({ "driver": "file", "filename": daemon.path(name) });
+    let coarse = json!({ "driver": "blkdebug", "align": 65536, "image": child("a") });
+    qmp.ok(
+        "blockdev-add",
+        json!({ "driver": "quorum", "node-name": "q", "vote-threshold": 1, "children": [coarse, child("b")] }),
+    );
+    qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "q" }));
+    let map = tools::ok("qemu-img", ["map", "--output=json", "-f", "raw", &daemon.uri("q")]);
+    let map: Vec<Value> = serde_json::from_str(&map).unwrap();
+    let mut end = 0;
+    for run in &map {
+        let (start, len) = (run["start"].as_u64().unwrap(), run["length"].as_u64().unwrap());
+        assert_eq!(start, end, "{map:?}");
+        end = start + len;
+        let written = start < 73728 + 4096 && end > 73728;
+        assert!(!(written && run["zero"] == json!(true)), "{run}");
+    }
+    assert_eq!(end, MIB);
+    assert!(map.iter().any(|run| run["zero"] == json!(true)), "{map:?}");
+}
+
 #[test]
 fn children_come_and_go_under_io() {
     let daemon = serving(json!({}));

@@ -154,7 +154,8 @@ pub enum Prealloc {
 /// What lies at some run of bytes of one node, see [`Driver::map`].
 #[derive(Clone, Debug)]
 pub struct Mapping {
-    /// For how many bytes from the start this holds; at least one alignment unit, at most what was asked.
+    /// For how many bytes from the start this holds; at most what was asked. What changes inside an alignment unit is taken
+    /// for data by whoever asks for the rest of that.
     pub len: u64,
     /// The bytes read as zero, whatever else is said.
     pub zero: bool,

@@ -78,6 +78,12 @@ impl Error {
         Error::new(ErrorClass::CommandNotFound, desc)
     }
 
+    /// A parameter whose value names something new has one that cannot be a name.
+    pub fn identifier_expected(parameter: &str) -> Error {
+        Error::generic(format!("Parameter '{parameter}' expects an identifier"))
+            .with_hint("Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.")
+    }
+
     /// The named job or device is not active.
     pub fn device_not_active(desc: impl Into<String>) -> Error {
         Error::new(ErrorClass::DeviceNotActive, desc)

@@ -294,7 +294,7 @@ impl Control {
 
     fn check_new_id(&self, id: &str) -> Result<()> {
         if !qapi::opts::is_identifier(id) {
-            return Err(Error::generic("Parameter 'id' expects an identifier"));
+            return Err(Error::identifier_expected("id"));
         }
         if self.objects.find(id).is_some() || self.objects.pending.contains(id) {
             return Err(Error::generic(format!(

@@ -118,8 +118,7 @@ pub fn chardev(text: &str) -> Result<ChardevArgument> {
     }
     let id = opts.string("id").ok_or_else(|| Error::generic("chardev: no id specified"))?;
     if !is_identifier(&id) {
-        return Err(Error::generic("Parameter 'id' expects an identifier")
-            .with_hint("Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."));
+        return Err(Error::identifier_expected("id"));
     }
     let kind = match (kind, opts.get("backend")) {
         (Some(Ok(kind)), _) => kind,
