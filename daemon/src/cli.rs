@@ -41,6 +41,13 @@ const ORDERED: &[(&str, Kind)] = &[
     ("unexpected", Kind::Unexpected),
 ];
 
+impl Kind {
+    /// The option's name.
+    fn name(self) -> &'static str {
+        ORDERED.iter().find(|(_, kind)| *kind == self).map_or("", |(name, _)| name)
+    }
+}
+
 /// One option on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
@@ -53,6 +60,23 @@ pub struct Step {
 }
 
 impl Step {
+    /// Where a person finds what the option's value can be, after an error in it; `implied` is the key that may be left out,
+    /// and says of which sort the value is.
+    pub fn where_to_look(&self, implied: Option<&str>, error: &Error) -> String {
+        let option = self.kind.name();
+        let first = self.value.split(',').next().unwrap_or_default();
+        let sort = implied.and_then(|key| match first.split_once('=') {
+            Some((named, sort)) => (named == key).then_some(sort),
+            None => Some(first),
+        });
+        match sort {
+            Some(sort) if is_word(sort) && !error.desc.contains(&format!("'{sort}'")) => {
+                format!("What it takes: --{option} {sort},help")
+            }
+            _ => format!("What it takes: --{option} help"),
+        }
+    }
+
     /// What was typed, for messages, without what may be a secret.
     pub fn shown(&self) -> &str {
         let secret = self.kind == Kind::Object && self.value.contains("secret") && self.value.contains("data");
@@ -76,6 +100,10 @@ pub enum Invocation {
         /// The rest, in order.
         steps: Vec<Step>,
     },
+}
+
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
 }
 
 fn option(name: &'static str, value: &'static str, help: &'static str) -> Arg {
@@ -119,6 +147,9 @@ pub fn command() -> Command {
                  nbd (needs --nbd-server): name=NAME, description=TEXT, allocation-depth=on|off.\n\
                  vhost-user-blk: addr.type=unix,addr.path=PATH or addr.type=fd,addr.str=FD,\n\
                  num-queues=N, logical-block-size=BYTES, serial=TEXT.\n\
+                 fuse: mountpoint=FILE, growable=on|off, allow-other=on|off|auto.\n\
+                 vduse-blk: name=NAME, num-queues=N, queue-size=N, logical-block-size=BYTES,\n\
+                 serial=TEXT.\n\
                  All types: writable=on|off, writethrough=on|off, fixed-iothread=on|off,\n\
                  iothread=ID or iothread.0=ID,iothread.1=ID,...",
             ),
@@ -247,7 +278,11 @@ fn refusal(error: &clap::Error) -> Error {
         },
         _ => error.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned(),
     };
-    Error::generic(text)
+    let hint = match error.get(ContextKind::SuggestedArg) {
+        Some(ContextValue::String(similar)) => format!("Did you mean '{similar}'? All options: --help"),
+        _ => "All options: --help".to_owned(),
+    };
+    Error::generic(text).with_hint(hint)
 }
 
 #[cfg(test)]
@@ -314,6 +349,31 @@ mod tests {
         assert_eq!(text(&["--nope"]), "unrecognized option '--nope'");
         assert_eq!(text(&["-x"]), "invalid option -- 'x'");
         assert_eq!(text(&["--daemonize=3"]), "option '--daemonize' doesn't allow an argument");
+        let hint = |word: &str| parse(&[word.to_owned()]).unwrap_err().hint.unwrap();
+        assert_eq!(hint("--bockdev"), "Did you mean '--blockdev'? All options: --help");
+        assert_eq!(hint("--nope"), "All options: --help");
+    }
+
+    #[test]
+    fn errors_in_values_say_where_to_look() {
+        let look = |option: &str, value: &str, key: Option<&str>, text: &str| {
+            let words = [option.to_owned(), value.to_owned()];
+            let Ok(Invocation::Serve { steps, .. }) = parse(&words) else { panic!("no steps") };
+            steps[0].where_to_look(key, &Error::generic(text))
+        };
+        let missing = "Parameter 'filename' is missing";
+        let wrong = "Parameter 'driver' does not accept value 'fil'";
+        for (value, text, hint) in [
+            ("file", missing, "--blockdev file,help"),
+            ("driver=file,node-name=x", missing, "--blockdev file,help"),
+            ("node-name=x,driver=file", missing, "--blockdev help"),
+            ("fil,filename=x", wrong, "--blockdev help"),
+            ("{'driver': 'file'}", missing, "--blockdev help"),
+        ] {
+            assert_eq!(look("--blockdev", value, Some("driver"), text), format!("What it takes: {hint}"));
+        }
+        let hint = look("--nbd-server", "addr.type=unix", None, "Parameter 'addr.path' is missing");
+        assert_eq!(hint, "What it takes: --nbd-server help");
     }
 
     #[test]

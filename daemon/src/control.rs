@@ -202,6 +202,7 @@ impl Control {
 
     /// Serves until `quit` or [`Message::Shutdown`].
     pub async fn serve(&mut self) {
+        self.accept_clients();
         while !self.quit {
             let Some(message) = self.next().await else { return };
             self.take(message).await;

@@ -210,10 +210,17 @@ fn stop_on_signals(control: &Control) -> Result<impl Future<Output = ()> + use<>
 
 /// Reads the value of an option; a request for help ends the start.
 fn read<T: Qapi>(step: &Step, implied_key: Option<&str>) -> Result<T, Stop> {
-    match qapi::keyval::read(&step.value, implied_key, qmp::parser::parse)? {
-        Argument::Value(value) => Ok(value),
-        Argument::Help(text) => Err(Stop::Print(text)),
+    match qapi::keyval::read(&step.value, implied_key, qmp::parser::parse) {
+        Ok(Argument::Value(value)) => Ok(value),
+        Ok(Argument::Help(text)) => Err(Stop::Print(text)),
+        Err(error) => Err(explained(step, implied_key, error).into()),
     }
+}
+
+/// Adds where a person can read what the option takes.
+fn explained(step: &Step, implied_key: Option<&str>, error: Error) -> Error {
+    let hint = step.where_to_look(implied_key, &error);
+    error.with_hint(hint)
 }
 
 async fn carry_out(
@@ -227,17 +234,19 @@ async fn carry_out(
         Kind::Export => control.block_export_add(read::<BlockExportOptions>(step, Some("type"))?).await?,
         Kind::NbdServer => control.start_nbd_server(read::<NbdServerOptions>(step, None)?).await?,
         Kind::Object => control.make_object(read::<ObjectOptions>(step, Some("qom-type"))?).await?,
-        Kind::Chardev => match qapi::opts::chardev(&step.value)? {
-            ChardevArgument::Help(text) => return Err(Stop::Print(text)),
-            ChardevArgument::Add(devices, warnings) => {
-                for warning in warnings {
-                    complain(&Error::generic(format!("warning: {warning}")).context(&step.text));
-                }
-                for device in devices {
-                    control.chardevs().add(&device.id, device.backend)?.await?;
+        Kind::Chardev => {
+            match qapi::opts::chardev(&step.value).map_err(|error| explained(step, Some("backend"), error))? {
+                ChardevArgument::Help(text) => return Err(Stop::Print(text)),
+                ChardevArgument::Add(devices, warnings) => {
+                    for warning in warnings {
+                        complain(&Error::generic(format!("warning: {warning}")).context(&step.text));
+                    }
+                    for device in devices {
+                        control.chardevs().add(&device.id, device.backend)?.await?;
+                    }
                 }
             }
-        },
+        }
         Kind::Monitor => {
             let options = read::<MonitorOptions>(step, Some("chardev"))?;
             let port = control.chardevs().take_for_monitor(&options.chardev)?;

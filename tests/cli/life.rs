@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use tests::nbd::Client;
 use tests::{Daemon, Setup, qmp, wait_for};
 
 #[test]
@@ -243,4 +244,25 @@ fn a_list_of_traces_in_a_file() {
     let ended = Setup::new().line("--trace events=nosuch").run();
     assert_eq!(ended.status.code(), Some(1));
     assert!(ended.stderr.contains("nosuch"), "{}", ended.stderr);
+}
+
+/// A client that comes early waits, and then finds what the rest of the command line makes.
+#[test]
+fn clients_are_let_in_when_everything_is_there() {
+    let daemon = Setup::new()
+        .line("--nbd-server addr.type=unix,addr.path=nbd.sock")
+        .line("--chardev socket,path=held.sock,server=on,wait=on,id=c")
+        .line("--blockdev null-co,node-name=disk,size=65536 --export nbd,id=e,node-name=disk")
+        .spawn();
+    let (nbd, held) = (daemon.path("nbd.sock"), daemon.path("held.sock"));
+    wait_for("the daemon to wait in the middle of its command line", || held.exists().then_some(()));
+    let early = UnixStream::connect(&nbd).unwrap();
+    // That nothing comes can only be seen by looking for a while.
+    early.set_read_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+    let silence = std::io::Read::read(&mut &early, &mut [0; 8]).map_err(|error| error.kind());
+    assert_eq!(silence, Err(std::io::ErrorKind::WouldBlock), "a client is served before its export is there");
+    let mut client = Client::connect_unix(&nbd);
+    let _first = UnixStream::connect(&held).unwrap();
+    client.greet();
+    assert!(client.go("disk").is_ok());
 }

@@ -2,7 +2,9 @@
 //! marked `output` that follows.
 //!
 //! A recipe is a section of the page. It runs in a folder of its own, with the programs under test first on the path. A block
-//! marked `background` is a daemon: the recipe goes on when the file that `until` names is there, and ends it at its end.
+//! marked `background` is a daemon: the recipe goes on when the file that `until` names is there (`mount:` and a name: when
+//! something is mounted on it), and ends it at its end, or before a block marked `ends`. `needs` names a program or a device
+//! without which a recipe is skipped.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 use std::os::unix::process::CommandExt;
@@ -93,8 +95,10 @@ impl Kitchen {
         let child = self.command(block).stdout(Stdio::null()).spawn().expect("start bash");
         self.daemons.push(Background(child));
         let until = block.info.iter().find_map(|word| word.strip_prefix("until=")).expect("what the block waits for");
-        let path = self.dir.path().join(until);
-        wait_for("the daemon of a recipe to serve", || path.exists().then_some(()));
+        let (mount, name) = until.strip_prefix("mount:").map_or((false, until), |name| (true, name));
+        let path = self.dir.path().join(name);
+        let is_there = || if mount { is_mounted(&path) } else { path.exists() };
+        wait_for("the daemon of a recipe to serve", || is_there().then_some(()));
     }
 
     fn run(&self, block: &Block) -> String {
@@ -105,6 +109,17 @@ impl Kitchen {
         assert!(ended.status.success(), "{}\n{}: {out}{err}", block.text, ended.status);
         out.replace("\r\n", "\n")
     }
+}
+
+/// Whether something is mounted on that file.
+fn is_mounted(path: &Path) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+}
+
+/// Whether a program, or a device by its path, is there.
+fn is_there(name: &str) -> bool {
+    if name.starts_with('/') { std::fs::File::open(name).is_ok() } else { tools::installed(name) }
 }
 
 /// What a block says that it prints: a line `...` stands for anything in one line.
@@ -127,6 +142,10 @@ fn cook(title: &str) {
     }
     let recipes = recipes();
     let (_, blocks) = recipes.iter().find(|(other, _)| other == title).expect("the recipe is on the page");
+    let needs = blocks.iter().flat_map(|block| &block.info).filter_map(|word| word.strip_prefix("needs="));
+    if let Some(missing) = needs.into_iter().find(|name| !is_there(name)) {
+        skip!("there is no {missing}");
+    }
     let helper = |block: &&Block| block.has("run") && block.text.contains("qemu-pr-helper");
     if on_reference() && blocks.iter().any(|block| block.has("ours") || helper(&block)) {
         skip!("the reference does not have what this recipe needs");
@@ -137,6 +156,9 @@ fn cook(title: &str) {
         if block.has("background") {
             kitchen.start(block);
         } else if block.has("run") {
+            if block.has("ends") {
+                kitchen.daemons.clear();
+            }
             printed = kitchen.run(block);
         } else if block.has("output") {
             assert!(agrees(&printed, &block.text), "the page says:\n{}\nbut it is:\n{printed}", block.text);
@@ -180,12 +202,15 @@ recipes! {
     monitor: "A monitor on a socket",
     passed_listener: "A monitor whose socket is there before the daemon",
     passed_connection: "QMP over a connection that nobody else can reach",
+    given_everything: "A daemon that may open nothing",
     raw_over_nbd: "A raw image over NBD",
+    passed_nbd_listener: "An NBD server whose socket is there before the daemon",
     vhost_user_blk: "A qcow2 image as a vhost-user-blk device",
     fuse: "A qcow2 image that appears as a raw image",
     background: "A daemon in the background, ended by its pid file",
     help: "What there is to choose from",
     overlay: "A qcow2 overlay: what is written stays out of the base",
+    snapshot: "A snapshot while clients write",
     copy_on_read: "An overlay that fills by itself",
     throttle: "Two exports that share a limit",
     quorum: "Three copies, one of them damaged",

@@ -360,5 +360,5 @@ fn all_file_names_can_be_sets() {
         "blockdev-add",
         json!({"driver": "blkdebug", "node-name": "x", "image": image, "config": "/dev/fdset/9"}),
     );
-    assert_eq!(refused, "Could not read blkdebug config file: No such file or directory");
+    assert_eq!(refused, "Could not read blkdebug config file: Failed to find fdset /dev/fdset/9");
 }

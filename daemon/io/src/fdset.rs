@@ -82,17 +82,6 @@ impl FdSetError {
     }
 }
 
-impl From<FdSetError> for io::Error {
-    fn from(error: FdSetError) -> Self {
-        match error {
-            FdSetError::Parse => Errno::EINVAL.into(),
-            FdSetError::NotFound => Errno::ENOENT.into(),
-            FdSetError::NoMatch(_) => Errno::EACCES.into(),
-            FdSetError::System(error) => error,
-        }
-    }
-}
-
 impl FdSets {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Set>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -171,10 +160,10 @@ impl FdSets {
     /// Opens a file, or duplicates it out of a set. Can block.
     ///
     /// # Errors
-    /// What open(2) says; of a set, what is closest to it.
+    /// What open(2) says; of a set, what [`FdSetError::text`] says.
     pub fn open(&self, path: &Path, flags: OFlag, mode: nix::sys::stat::Mode) -> io::Result<Opened> {
         if let Some(found) = self.find(path, flags) {
-            return Ok(found?);
+            return found.map_err(|error| io::Error::other(error.text(&path.to_string_lossy())));
         }
         Ok(Opened { fd: nix::fcntl::open(path, flags | OFlag::O_CLOEXEC, mode)?, from_set: None })
     }
@@ -216,6 +205,8 @@ mod tests {
             assert_eq!(text(name, OFlag::O_RDONLY), format!("Could not parse fdset {name}"));
         }
         assert!(sets.find(Path::new("/dev/fdset"), OFlag::O_RDONLY).is_none());
+        let refused = sets.open(Path::new("/dev/fdset/8"), OFlag::O_RDONLY, nix::sys::stat::Mode::empty()).unwrap_err();
+        assert_eq!(qapi::error::errno_text(&refused), "Failed to find fdset /dev/fdset/8");
     }
 
     #[test]

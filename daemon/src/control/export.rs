@@ -62,6 +62,8 @@ impl Resize for Resizer {
 pub(super) struct Exports {
     list: Vec<Entry>,
     nbd: Option<NbdServer>,
+    /// Not while the command line is carried out.
+    accepting: bool,
     fuse_mounts: Mounts,
 }
 
@@ -124,8 +126,20 @@ impl Control {
             handshake_limit: (seconds > 0).then(|| Duration::from_secs(seconds)),
             max_connections: options.max_connections,
         };
-        self.exports.nbd = Some(NbdServer::start(listeners, params));
+        let mut server = NbdServer::new(listeners, params);
+        if self.exports.accepting {
+            server.accept();
+        }
+        self.exports.nbd = Some(server);
         Ok(())
+    }
+
+    /// The command line has been carried out: clients of NBD servers are let in, and find all its exports.
+    pub(super) fn accept_clients(&mut self) {
+        self.exports.accepting = true;
+        if let Some(server) = &mut self.exports.nbd {
+            server.accept();
+        }
     }
 
     pub(super) async fn nbd_server_stop(&mut self, _: NbdServerStop) -> Result<()> {

@@ -43,6 +43,8 @@ impl Default for NbdServerParams {
 #[derive(Debug)]
 pub struct NbdServer {
     inner: Arc<Inner>,
+    /// Where nobody is accepted yet.
+    listeners: Vec<Listener>,
 }
 
 #[derive(Debug)]
@@ -74,8 +76,8 @@ impl Drop for Task {
 }
 
 impl NbdServer {
-    /// Serves on `listeners`, from tasks of the calling thread, which must run an event loop with local tasks.
-    pub fn start(listeners: Vec<Listener>, params: NbdServerParams) -> Self {
+    /// A server for `listeners`. Clients can connect there, and wait until [`accept`](Self::accept).
+    pub fn new(listeners: Vec<Listener>, params: NbdServerParams) -> Self {
         let permits = usize::try_from(params.max_connections).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         let inner = Arc::new(Inner {
             params,
@@ -84,8 +86,13 @@ impl NbdServer {
             stopping: watch::Sender::new(false),
             tasks: watch::Sender::new(0),
         });
-        for listener in listeners {
-            let task = Task::new(&inner);
+        Self { inner, listeners }
+    }
+
+    /// Serves clients from now on, from tasks of the calling thread, which must run an event loop with local tasks.
+    pub fn accept(&mut self) {
+        for listener in std::mem::take(&mut self.listeners) {
+            let task = Task::new(&self.inner);
             tokio::task::spawn_local(async move {
                 let mut stopping = task.0.stopping.subscribe();
                 tokio::select! {
@@ -94,7 +101,6 @@ impl NbdServer {
                 }
             });
         }
-        Self { inner }
     }
 
     /// Makes an export.

@@ -67,7 +67,8 @@ impl Server {
         let thread = IoThread::start("server", io::Params::default()).unwrap();
         let this = Self { thread, dir };
         this.run(move || async move {
-            let server = NbdServer::start(listeners.map(|l| Listener::new(l.into()).unwrap()).into(), params);
+            let mut server = NbdServer::new(listeners.map(|l| Listener::new(l.into()).unwrap()).into(), params);
+            server.accept();
             let inside = Inside { graph: tokio::sync::Mutex::new(testing::graph()), server };
             INSIDE.with(|place| place.replace(Some(Rc::new(inside))));
         });
