@@ -130,6 +130,7 @@ impl Client {
         if let Some(value) = answer.get("return") {
             return Ok(value.clone());
         }
+        assert!(answer.get("error").is_some(), "neither a result nor an error: {answer}");
         let member = |name: &str| answer["error"][name].as_str().unwrap_or_default().to_owned();
         Err(Refusal { class: member("class"), desc: member("desc") })
     }
