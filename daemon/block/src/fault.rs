@@ -15,6 +15,9 @@ pub trait FaultControl: Send + Sync {
     /// Lets go what is held.
     fn release(&self);
 
+    /// The same, and from now on nothing is held: the process ends.
+    fn let_all_go(&self);
+
     /// Loses power, keeping what `keep` says in pieces of `atomic_size` bytes.
     fn crash(&self, keep: XFaultKeep, seed: u64, atomic_size: u32) -> LocalFuture<'_, Result<()>>;
 

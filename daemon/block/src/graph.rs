@@ -260,7 +260,13 @@ impl Graph {
 
     /// The process is about to end: from now on drivers hold no request back, so that exports can close at once.
     pub fn release_all(&self) {
-        self.nodes().for_each(|node| node.driver().drain_begin());
+        for node in self.nodes() {
+            node.driver().drain_begin();
+            // What a drain waits for like for a disk that hangs.
+            if let Some(fault) = node.driver().fault_control() {
+                fault.let_all_go();
+            }
+        }
     }
 
     /// Whether an export or a job uses `node` itself.

@@ -2,6 +2,7 @@
 
 use crate::driver::LocalFuture;
 use qapi::Result;
+use qapi::types::snapshot::SnapshotInfo;
 
 /// What is known of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -20,6 +21,22 @@ pub struct SnapshotFacts {
     pub clock_nsec: u64,
     /// Instructions that the machine had carried out, if they were counted.
     pub icount: Option<u64>,
+}
+
+impl From<SnapshotFacts> for SnapshotInfo {
+    fn from(facts: SnapshotFacts) -> Self {
+        let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        Self {
+            vm_state_size: signed(facts.vm_state_size),
+            date_sec: facts.date_sec.into(),
+            date_nsec: facts.date_nsec.into(),
+            vm_clock_sec: signed(facts.clock_nsec / 1_000_000_000),
+            vm_clock_nsec: signed(facts.clock_nsec % 1_000_000_000),
+            icount: facts.icount.map(signed),
+            id: facts.id,
+            name: facts.name,
+        }
+    }
 }
 
 /// The snapshots of an image. Nothing is in flight above the node while one is made or deleted.

@@ -348,6 +348,11 @@ impl FaultControl for Fault {
         self.released.send_modify(|count| *count += 1);
     }
 
+    fn let_all_go(&self) {
+        self.lock().rules.retain(|rule| rule.rule.action != XFaultAction::Hold);
+        self.release();
+    }
+
     fn crash(&self, keep: XFaultKeep, seed: u64, atomic_size: u32) -> LocalFuture<'_, Result<()>> {
         let atomic = u64::from(atomic_size);
         if atomic == 0 || !atomic.is_multiple_of(SECTOR_LEN) {

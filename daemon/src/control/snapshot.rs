@@ -346,17 +346,7 @@ impl Control {
         };
         internal(&keeper)?.delete(&found.id).await.map_err(failed)?;
         drop(drained);
-        let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
-        Ok(SnapshotInfo {
-            vm_state_size: signed(found.vm_state_size),
-            date_sec: found.date_sec.into(),
-            date_nsec: found.date_nsec.into(),
-            vm_clock_sec: signed(found.clock_nsec / 1_000_000_000),
-            vm_clock_nsec: signed(found.clock_nsec % 1_000_000_000),
-            icount: found.icount.map(signed),
-            id: found.id,
-            name: found.name,
-        })
+        Ok(found.into())
     }
 
     pub(super) async fn change_backing_file(&mut self, args: ChangeBackingFile) -> Result<()> {

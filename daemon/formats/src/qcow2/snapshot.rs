@@ -40,7 +40,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    fn facts(&self) -> SnapshotFacts {
+    /// What it is.
+    pub fn facts(&self) -> SnapshotFacts {
         let extra = |at: usize| (self.extra.len() >= at + 8).then(|| be64(&self.extra, at));
         SnapshotFacts {
             id: String::from_utf8_lossy(&self.id).into_owned(),

@@ -1,5 +1,6 @@
 //! Block nodes: what they are, what they did, how they hang together.
 
+use super::snapshot::SnapshotInfo;
 use crate::{
     Qapi, Size,
     types::block::{BlockdevDetectZeroesOptions, BlockdevDriver},
@@ -55,29 +56,6 @@ pub struct BlockLimitsInfo {
     pub min_mem_alignment: u64,
     /// The alignment of memory, in bytes, that the daemon gives its own buffers.
     pub opt_mem_alignment: u64,
-}
-
-/// An internal snapshot of an image.
-#[derive(Debug, Clone, PartialEq, Eq, Qapi)]
-#[qapi(since = "1.3")]
-pub struct SnapshotInfo {
-    /// Its number.
-    pub id: String,
-    /// Its name.
-    pub name: String,
-    /// Bytes of the state of a virtual machine in it.
-    pub vm_state_size: i64,
-    /// When it was made, in seconds since 1970.
-    pub date_sec: i64,
-    /// The rest, in nanoseconds.
-    pub date_nsec: i64,
-    /// How long the virtual machine had run, in seconds.
-    pub vm_clock_sec: i64,
-    /// The rest, in nanoseconds.
-    pub vm_clock_nsec: i64,
-    /// Instructions that it had run, where they were counted.
-    #[qapi(since = "5.2")]
-    pub icount: Option<i64>,
 }
 
 /// An image.
