@@ -45,6 +45,11 @@ impl ExportDriver for VduseBlkDriver<'_> {
         Perms { need, shared: Bits::ALL }
     }
 
+    /// The kernel keeps the device, and the requests in flight, for the next process.
+    fn is_outlived(&self) -> bool {
+        true
+    }
+
     fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>> {
         Box::pin(async move { Ok(start(self.options, params).await? as Arc<dyn Export>) })
     }
