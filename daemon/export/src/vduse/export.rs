@@ -6,6 +6,7 @@
 
 use super::device::{Device, Kernel, Parts};
 use super::record::{Record, Shape, folder};
+use crate::lifetime::Lifetime;
 use crate::virtio_blk::config::{CONFIG_LEN, Geometry};
 use crate::virtio_blk::options;
 use crate::virtio_blk::queue::Shared;
@@ -62,9 +63,8 @@ pub struct VduseBlkExport {
     name: String,
     disk: Disk,
     drivers: watch::Receiver<usize>,
-    closing: watch::Sender<bool>,
-    /// False when nothing is left of it.
-    open: watch::Sender<bool>,
+    /// With the task inside that serves.
+    lifetime: Lifetime,
 }
 
 fn check_name(name: &str) -> Result<()> {
@@ -196,24 +196,17 @@ async fn start(options: &BlockExportOptionsVduseBlk, params: ExportParams) -> Re
     let opened = io::blocking(move || open(&opening, shape, &config)).await.map_err(failed)??;
     let Opened { control, device, record, left } = opened;
     let (tell, ready) = oneshot::channel();
-    let export = Arc::new(VduseBlkExport {
-        id,
-        name,
-        disk,
-        drivers: counted,
-        closing: watch::Sender::new(false),
-        open: watch::Sender::new(true),
-    });
-    let this = Arc::clone(&export);
+    let export = Arc::new(VduseBlkExport { id, name, disk, drivers: counted, lifetime: Lifetime::new() });
+    let (this, inside) = (Arc::clone(&export), export.lifetime.enter());
     tokio::task::spawn_local(async move {
         let result = serve(&this, &parts, device, &record, left, tell).await;
         if let Err(error) = result {
             tracing::warn!(target: "vduse_lost", %error, export = this.id, "the device cannot be served any more");
-            this.wait_closing().await;
+            this.lifetime.ending().await;
         }
         drop(parts);
         end(&this, control, record).await;
-        this.open.send_replace(false);
+        drop((this, inside));
     });
     match ready.await {
         Ok(Ok(())) => Ok(export),
@@ -248,7 +241,7 @@ async fn serve(
         Ok(device) => {
             let _ = tell.send(Ok(()));
             tracing::debug!(target: "vduse_start", export = export.id, device = export.name, left);
-            device.run(export.wait_closing()).await
+            device.run(export.lifetime.ending()).await
         }
         Err(error) => {
             let given_up = error.raw_os_error() == Some(nix::libc::EPERM);
@@ -298,16 +291,6 @@ async fn end(export: &VduseBlkExport, control: VduseControl, record: Record) {
     }
 }
 
-impl VduseBlkExport {
-    fn wait_closing(&self) -> impl Future<Output = ()> + use<> {
-        let mut closing = self.closing.subscribe();
-        async move {
-            // An error means that the export is gone.
-            let _ = closing.wait_for(|closing| *closing).await;
-        }
-    }
-}
-
 impl Export for VduseBlkExport {
     fn id(&self) -> &str {
         &self.id
@@ -327,18 +310,14 @@ impl Export for VduseBlkExport {
     }
 
     fn is_shutting_down(&self) -> bool {
-        *self.closing.borrow()
+        self.lifetime.is_ending()
     }
 
     fn request_shutdown(&self) {
-        self.closing.send_replace(true);
+        self.lifetime.end();
     }
 
     fn closed(&self) -> Closed {
-        let (mut closing, mut open) = (self.closing.subscribe(), self.open.subscribe());
-        Box::pin(async move {
-            let _ = closing.wait_for(|closing| *closing).await;
-            let _ = open.wait_for(|open| !*open).await;
-        })
+        self.lifetime.ended()
     }
 }
