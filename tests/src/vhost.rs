@@ -10,6 +10,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
 };
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -72,6 +73,7 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 /// Bits of protocol features. `[vhost-user §Protocol features]`
@@ -121,6 +123,11 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 /// The descriptor points to a table.
 pub const INDIRECT: u16 = 4;
+/// Whose a descriptor of a packed ring is. `[virtio 1.2 §2.8.1]`
+const MADE_AVAILABLE: u16 = 1 << 7;
+const IS_USED: u16 = 1 << 15;
+/// The bit of a place in a packed ring. `[virtio 1.2 §2.8.10]`
+const WRAP: u16 = 1 << 15;
 
 /// A message that came in.
 #[derive(Debug)]
@@ -153,6 +160,28 @@ pub struct Queue {
     available: u16,
     seen: u16,
     buffers: u64,
+    /// With packed rings, the descriptors as of a split one, and the chains that the device has: descriptors of each.
+    table: BTreeMap<u16, [u8; 16]>,
+    taken: BTreeMap<u16, u16>,
+}
+
+impl Queue {
+    /// A place of a packed ring: its index, with the bit that goes with it.
+    fn place(&self, count: u16) -> u16 {
+        let first = (count / self.size).is_multiple_of(2);
+        (count % self.size) | if first { WRAP } else { 0 }
+    }
+
+    /// What SET_VRING_BASE says.
+    fn base(&self, next: u16, packed: bool) -> u32 {
+        let place = u32::from(self.place(next));
+        if packed { place | place << 16 } else { u32::from(next) }
+    }
+
+    /// So many places behind this one.
+    fn after(&self, count: u16, places: u16) -> u16 {
+        (count + places) % (2 * self.size)
+    }
 }
 
 /// A device that a back-end serves. See the module.
@@ -167,6 +196,8 @@ pub struct FrontEnd {
     pub protocol: u64,
     /// Queues that were started.
     pub queues: Vec<Queue>,
+    /// Whether packed rings are wanted.
+    pub packed: bool,
     /// The region of requests in flight and the message's payload that goes with it.
     pub inflight: Option<(OwnedFd, Vec<u8>)>,
 }
@@ -219,7 +250,7 @@ impl FrontEnd {
     /// Connects for a guest with this memory.
     pub fn with_memory(path: &Path, memory: File) -> Self {
         let socket = UnixStream::connect(path).unwrap_or_else(|error| panic!("connect {}: {error}", path.display()));
-        Self { socket, memory, features: 0, protocol: 0, queues: Vec::new(), inflight: None }
+        Self { socket, memory, features: 0, protocol: 0, queues: Vec::new(), inflight: None, packed: false }
     }
 
     /// Connects again for the same guest, with its queues as they are.
@@ -229,7 +260,19 @@ impl FrontEnd {
 
     /// Connects and agrees on everything that is offered but `without`, shares the memory, and starts so many queues.
     pub fn start(path: &Path, queues: u32, without: u64) -> Self {
+        Self::connect(path).started(queues, without)
+    }
+
+    /// As [`start`](Self::start), with packed rings; none if the back-end has no such.
+    pub fn start_packed(path: &Path, queues: u32, without: u64) -> Option<Self> {
         let mut this = Self::connect(path);
+        this.packed = true;
+        let this = this.started(queues, without);
+        this.is_packed().then_some(this)
+    }
+
+    fn started(self, queues: u32, without: u64) -> Self {
+        let mut this = self;
         this.negotiate(!without, u64::MAX);
         this.share_memory();
         for index in 0..queues {
@@ -308,6 +351,9 @@ impl FrontEnd {
         let offered = self.ask(msg::GET_FEATURES, &[]).word();
         // The log is for migration alone.
         self.features = offered & features & !feature::LOG_ALL;
+        if !self.packed {
+            self.features &= !feature::RING_PACKED;
+        }
         if offered & features & feature::PROTOCOL != 0 {
             let offered = self.ask(msg::GET_PROTOCOL_FEATURES, &[]).word();
             let known = protocol::MQ
@@ -362,7 +408,17 @@ impl FrontEnd {
         assert_eq!(usize::try_from(index).expect("an index"), self.queues.len());
         let at = Self::rings(index);
         let buffers = BUFFERS + u64::from(index) * u64::from(size / 3) * BUFFER;
-        self.queues.push(Queue { size, at, kick: event(), call: event(), available: 0, seen: 0, buffers });
+        self.queues.push(Queue {
+            size,
+            at,
+            kick: event(),
+            call: event(),
+            available: 0,
+            seen: 0,
+            buffers,
+            table: BTreeMap::new(),
+            taken: BTreeMap::new(),
+        });
         self.start_queue(index, 0);
     }
 
@@ -384,7 +440,7 @@ impl FrontEnd {
     pub fn start_queue(&self, index: u32, base: u16) {
         let queue = self.queue(index);
         self.tell(msg::SET_VRING_NUM, &words(&[index, u32::from(queue.size)]), &[]);
-        self.tell(msg::SET_VRING_BASE, &words(&[index, u32::from(base)]), &[]);
+        self.tell(msg::SET_VRING_BASE, &words(&[index, self.queue(index).base(base, self.is_packed())]), &[]);
         self.tell(msg::SET_VRING_ADDR, &Self::addresses(index, 0, 0), &[]);
         self.tell(msg::SET_VRING_CALL, &longs(&[u64::from(index)]), &[queue.call.as_fd()]);
         self.tell(msg::SET_VRING_KICK, &longs(&[u64::from(index)]), &[queue.kick.as_fd()]);
@@ -393,11 +449,22 @@ impl FrontEnd {
         }
     }
 
-    /// Stops a queue; the next entry of its available ring.
+    /// Stops a queue; the next entry of its available ring, or the next place of a packed one, which counts through two rounds.
     pub fn stop_queue(&self, index: u32) -> u16 {
         let reply = self.ask(msg::GET_VRING_BASE, &words(&[index, 0]));
         assert_eq!(reply.payload[..4], index.to_le_bytes());
-        u16::from_le_bytes(reply.payload[4..6].try_into().expect("two bytes"))
+        let halves = [4, 6].map(|at| u16::from_le_bytes(reply.payload[at..at + 2].try_into().expect("two bytes")));
+        if !self.is_packed() {
+            return halves[0];
+        }
+        assert_eq!(halves[0], halves[1], "nothing is in flight");
+        let round = if halves[0] & WRAP == 0 { self.queue(index).size } else { 0 };
+        (halves[0] & !WRAP) + round
+    }
+
+    /// Whether rings are packed.
+    pub fn is_packed(&self) -> bool {
+        self.features & feature::RING_PACKED != 0
     }
 
     fn queue(&self, index: u32) -> &Queue {
@@ -429,13 +496,67 @@ impl FrontEnd {
         self.queue(index).buffers + u64::from(slot) * BUFFER
     }
 
-    /// Writes a descriptor of a queue's table.
-    pub fn descriptor(&self, index: u32, number: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        self.poke(Self::rings(index) + 16 * u64::from(number), &descriptor(addr, len, flags, next));
+    /// Writes a descriptor of a queue's table; with a packed ring, what is to be put into it.
+    pub fn descriptor(&mut self, index: u32, number: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let bytes = descriptor(addr, len, flags, next);
+        if self.is_packed() {
+            self.queue_mut(index).table.insert(number, bytes);
+        } else {
+            self.poke(Self::rings(index) + 16 * u64::from(number), &bytes);
+        }
+    }
+
+    /// As [`offer`](Self::offer), into a packed ring.
+    fn offer_packed(&mut self, index: u32, head: u16) {
+        let mut queue = self.queues.remove(usize::try_from(index).expect("an index"));
+        let (mut number, mut at, mut places) = (head, queue.available, 0);
+        let mut first = None;
+        loop {
+            let from = *queue.table.get(&number).expect("a descriptor");
+            let flags = u16::from_le_bytes([from[12], from[13]]);
+            let place = queue.place(at);
+            let to = Self::rings(index) + 16 * u64::from(place & !WRAP);
+            self.poke(to, &[&from[..12], &head.to_le_bytes()].concat());
+            let flags_now = flags | if place & WRAP == 0 { IS_USED } else { MADE_AVAILABLE };
+            match first {
+                None => first = Some((to + 14, flags_now)),
+                Some(_) => self.poke(to + 14, &flags_now.to_le_bytes()),
+            }
+            (at, places) = (queue.after(at, 1), places + 1);
+            if flags & NEXT == 0 {
+                break;
+            }
+            number = u16::from_le_bytes([from[14], from[15]]);
+        }
+        let (place, flags) = first.expect("a descriptor");
+        fence(Ordering::SeqCst);
+        self.poke(place, &flags.to_le_bytes());
+        queue.available = at;
+        assert_eq!(queue.taken.insert(head, places), None, "the request is in flight");
+        self.queues.insert(usize::try_from(index).expect("an index"), queue);
+    }
+
+    fn poll_packed(&mut self, index: u32) -> Option<(u32, u32)> {
+        let place = self.queue(index).place(self.queue(index).seen);
+        let at = Self::rings(index) + 16 * u64::from(place & !WRAP);
+        let wanted = if place & WRAP == 0 { 0 } else { MADE_AVAILABLE | IS_USED };
+        if self.peek_u16(at + 14) & (MADE_AVAILABLE | IS_USED) != wanted {
+            return None;
+        }
+        fence(Ordering::SeqCst);
+        let len = u32::from_le_bytes(self.peek(at + 8, 4).try_into().expect("four bytes"));
+        let head = self.peek_u16(at + 12);
+        let queue = self.queue_mut(index);
+        let places = queue.taken.remove(&head).expect("a request that is in flight");
+        queue.seen = queue.after(queue.seen, places);
+        Some((u32::from(head), len))
     }
 
     /// Makes a chain available without telling the device.
     pub fn offer(&mut self, index: u32, head: u16) {
+        if self.is_packed() {
+            return self.offer_packed(index, head);
+        }
         let queue = self.queue(index);
         let (at, slot) = (queue.at + AVAILABLE, queue.available % queue.size);
         self.poke(at + 4 + 2 * u64::from(slot), &head.to_le_bytes());
@@ -456,7 +577,7 @@ impl FrontEnd {
     }
 
     /// Writes the three descriptors of a request in `slot`: header, data and status. Up to 60 KiB of data.
-    pub fn prepare(&self, index: u32, slot: u16, kind: u32, sector: u64, out: &[u8], into: u32) {
+    pub fn prepare(&mut self, index: u32, slot: u16, kind: u32, sector: u64, out: &[u8], into: u32) {
         let at = self.buffer(index, slot);
         let mut header = words(&[kind, 0]);
         header.extend(longs(&[sector]));
@@ -484,6 +605,9 @@ impl FrontEnd {
 
     /// The next used entry, if there is one: descriptor number and length.
     pub fn poll_used(&mut self, index: u32) -> Option<(u32, u32)> {
+        if self.is_packed() {
+            return self.poll_packed(index);
+        }
         let queue = self.queue(index);
         let at = queue.at + USED;
         if self.peek_u16(at + 2) == queue.seen {
@@ -505,8 +629,14 @@ impl FrontEnd {
             }
             // Ask for an interrupt at the next entry, and look once more.
             let queue = self.queue(index);
-            let event = queue.at + AVAILABLE + 4 + 2 * u64::from(queue.size);
-            self.poke(event, &queue.seen.to_le_bytes());
+            if self.is_packed() {
+                let kind = if self.features & feature::EVENT_IDX == 0 { 0 } else { 2_u16 };
+                self.poke(queue.at + AVAILABLE, &queue.place(queue.seen).to_le_bytes());
+                self.poke(queue.at + AVAILABLE + 2, &kind.to_le_bytes());
+            } else {
+                let event = queue.at + AVAILABLE + 4 + 2 * u64::from(queue.size);
+                self.poke(event, &queue.seen.to_le_bytes());
+            }
             fence(Ordering::SeqCst);
             if let Some(entry) = self.poll_used(index) {
                 return Some(entry);

@@ -86,6 +86,67 @@ fn rings_full_of_lies() {
     });
 }
 
+/// As [`rings_full_of_lies`], where the driver's and the device's descriptors lie in one ring.
+#[test]
+fn packed_rings_full_of_lies() {
+    let mut daemon = serving("writable=on");
+    let mut thrown_out = |what: &str, deed: &dyn Fn(&mut FrontEnd)| {
+        let Some(mut front) = FrontEnd::start_packed(&socket(&daemon), 1, 0) else {
+            assert!(known_defect("no packed rings"));
+            return;
+        };
+        front.write(0, &[0; 512]);
+        deed(&mut front);
+        front.kick(0);
+        assert!(front.closed(), "{what}: still connected");
+        drop(front);
+        works(&mut daemon);
+    };
+    thrown_out("a chain of the whole ring and more", &|f| {
+        (0..128)
+            .for_each(|slot| f.poke(16 * slot, &[&GUEST.to_le_bytes()[..], &[16, 0, 0, 0, 0, 0, 0x81, 0]].concat()));
+        f.poke(0, &[&GUEST.to_le_bytes()[..], &[16, 0, 0, 0, 0, 0, 1, 0x80]].concat());
+    });
+    for (addr, len) in [(0, 16), (GUEST + MEMORY - 8, 16), (u64::MAX - 15, 16), (GUEST, u32::MAX)] {
+        thrown_out("memory that is not there", &|f| {
+            f.prepare(0, 0, req::OUT, 0, &[], 512);
+            f.descriptor(0, 1, addr, len, NEXT, 2);
+            f.offer(0, 0);
+        });
+    }
+    thrown_out("readable after writable", &|f| {
+        f.prepare(0, 0, req::IN, 0, &[], 512);
+        f.descriptor(0, 2, GUEST, 16, 0, 0);
+        f.offer(0, 0);
+    });
+    thrown_out("no status", &|f| {
+        f.descriptor(0, 0, GUEST + f.buffer(0, 0), 16, 0, 0);
+        f.offer(0, 0);
+    });
+    for (len, flags) in
+        [(0, INDIRECT), (33, INDIRECT), (16 * 70000, INDIRECT), (u32::MAX - 15, INDIRECT), (32, INDIRECT | NEXT)]
+    {
+        thrown_out("a table that is none", &|f| {
+            f.descriptor(0, 10, GUEST, 1, WRITE, 0);
+            f.descriptor(0, 9, GUEST + f.buffer(0, 3), len, flags, 10);
+            f.offer(0, 9);
+        });
+    }
+    let mut front = FrontEnd::connect(&socket(&daemon));
+    front.packed = true;
+    front.negotiate(u64::MAX, u64::MAX);
+    if front.is_packed() {
+        let base = [0, 128_u32 | 128 << 16].map(|word| word.to_le_bytes()).concat();
+        front.share_memory();
+        assert_eq!(front.try_tell(msg::SET_VRING_NUM, &[0_u32, 128].map(u32::to_le_bytes).concat(), &[]), 0);
+        assert_eq!(front.try_tell(msg::SET_VRING_BASE, &base, &[]), 0);
+        assert_eq!(front.try_tell(msg::SET_VRING_ADDR, &FrontEnd::addresses(0, 0, 0), &[]), 0);
+        assert_eq!(front.try_tell(msg::SET_VRING_KICK, &[0; 8], &[event().as_fd()]), 1, "a place beyond the ring");
+    }
+    drop(front);
+    works(&mut daemon);
+}
+
 #[test]
 fn indirect_tables_full_of_lies() {
     let mut daemon = serving("writable=on");

@@ -30,9 +30,14 @@ fn take_over(old: &Daemon, slow: bool) -> Daemon {
 
 #[test]
 fn requests_in_flight_outlive_the_daemon() {
+    [false, true].into_iter().for_each(outlive_the_daemon);
+}
+
+fn outlive_the_daemon(packed: bool) {
     let owner = Setup::new().image("disk.img", 8 * MIB).line("--blockdev driver=null-co,node-name=n").start();
     let mut daemon = take_over(&owner, true);
     let mut front = FrontEnd::connect(&socket(&daemon));
+    front.packed = packed;
     front.negotiate(u64::MAX, u64::MAX);
     if front.protocol & protocol::INFLIGHT_SHMFD == 0 {
         assert!(on_reference());
@@ -83,8 +88,13 @@ fn requests_in_flight_outlive_the_daemon() {
 
 #[test]
 fn a_front_end_comes_back_to_the_same_daemon() {
+    [false, true].into_iter().for_each(comes_back_to_the_same_daemon);
+}
+
+fn comes_back_to_the_same_daemon(packed: bool) {
     let daemon = serving("writable=on");
     let mut front = FrontEnd::connect(&socket(&daemon));
+    front.packed = packed;
     front.negotiate(u64::MAX, u64::MAX);
     if front.protocol & protocol::INFLIGHT_SHMFD == 0 {
         assert!(on_reference());

@@ -48,6 +48,32 @@ fn with_and_without_each_feature() {
             assert_eq!(front.read(turn, 512), data);
         }
     }
+    for without in [0, feature::EVENT_IDX, feature::INDIRECT, feature::EVENT_IDX | feature::INDIRECT] {
+        let front = FrontEnd::start_packed(&socket(&daemon), 1, without);
+        let Some(mut front) = front else {
+            assert!(known_defect("no packed rings"));
+            break;
+        };
+        // Several times around the ring, which its chains of two and three do not fill.
+        for turn in 0..300_u64 {
+            let data = [u8::try_from(turn % 241).unwrap(); 512];
+            front.write(turn, &data);
+            assert_eq!(front.read(turn, 512), data);
+            front.flush();
+        }
+        // Many at a time, in any order.
+        for slot in 0..40 {
+            front.submit(0, slot, req::OUT, u64::from(slot) * 8, &[byte(slot); 4096], 0);
+        }
+        let mut heads: Vec<u32> = (0..40).map(|_| front.wait_used(0).0).collect();
+        heads.sort_unstable();
+        assert_eq!(heads, (0..40).map(|slot| slot * 3).collect::<Vec<u32>>());
+        assert!((0..40).all(|slot| front.status(0, slot) == 0));
+        // It goes on where it stopped.
+        let next = front.stop_queue(0);
+        front.start_queue(0, next);
+        assert_eq!(front.read(39 * 8, 4096), [byte(39); 4096]);
+    }
     if known_defect("a front-end without protocol features is disconnected") {
         return;
     }

@@ -193,6 +193,8 @@ def shared_memory(size="1G"):
 
 
 def vhost_disk(socket_path, more=""):
-    """QEMU's arguments for a disk that a vhost-user-blk export is, as the one that the firmware boots from."""
-    return ("-chardev socket,id=v,path=%s,reconnect-ms=100 -device vhost-user-blk-pci,chardev=v,num-queues=2,bootindex=1"
-            % socket_path) + more
+    """QEMU's arguments for a disk that a vhost-user-blk export is, as the one that the firmware boots from. RINGS=packed: with
+    packed rings, which the firmware has not."""
+    packed = ",packed=on" if os.environ.get("RINGS") == "packed" else ""
+    return ("-chardev socket,id=v,path=%s,reconnect-ms=100 -device vhost-user-blk-pci,chardev=v,num-queues=2,bootindex=1%s"
+            % (socket_path, packed)) + more

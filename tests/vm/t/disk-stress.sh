@@ -4,6 +4,7 @@
 . /vm/lib/stress.sh
 dev=$1 seconds=$2
 wait_for 10 test -b $dev
+ring_layout $dev
 check "mkfs" mkfs.ext4 -q $dev
 mkdir -p /mnt/t
 check "mount" mount -o discard $dev /mnt/t

@@ -185,7 +185,7 @@ impl<'a> Device<'a> {
         let answer = match message {
             Message::GetQueueState(index) => {
                 match usize::try_from(index).ok().and_then(|index| self.vrings.get(index)) {
-                    Some(vring) => Answer::QueueState(index, vring.position().await),
+                    Some(vring) => Answer::QueueState(index, u16::try_from(vring.position().await).unwrap_or(0)),
                     None => Answer::Failed,
                 }
             }
@@ -239,6 +239,7 @@ impl<'a> Device<'a> {
         let features = RingFeatures {
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx: features & feature::EVENT_IDX != 0,
+            packed: false,
         };
         let threads = &self.parts.threads;
         for (at, vring) in self.vrings.iter_mut().enumerate() {
@@ -256,7 +257,7 @@ impl<'a> Device<'a> {
                 available: queue.available,
                 log: None,
             });
-            vring.base = queue.base;
+            vring.base = queue.base.into();
             let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
             self.kernel.set_kick(index, kick.as_fd())?;
             if !resume && let Some(part) = self.inflight.queue(at) {

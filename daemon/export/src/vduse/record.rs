@@ -47,7 +47,7 @@ impl Shape {
     }
 
     fn len(&self) -> u64 {
-        InflightRegion::len(self.queues, self.queue_size).saturating_add(64)
+        InflightRegion::len(self.queues, self.queue_size, false).saturating_add(64)
     }
 }
 
@@ -137,7 +137,7 @@ impl Record {
     pub(crate) fn region(&self) -> io::Result<InflightRegion> {
         let map = Arc::new(Mapping::new(self.file.as_fd(), 0, self.shape.len())?);
         let Shape { queues, queue_size, .. } = self.shape;
-        Ok(InflightRegion { map, start: HEAD, queues, queue_size })
+        Ok(InflightRegion { map, start: HEAD, queues, queue_size, packed: false })
     }
 
     /// Removes it: the device is gone. Can block.
@@ -150,6 +150,8 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio_blk::inflight::Resume;
+    use crate::virtio_blk::ring::{Chain, Taken};
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     const SHAPE: Shape = Shape { queues: 2, queue_size: 8, block_size: 512, features: 0x1234_5678_9ABC };
@@ -165,13 +167,13 @@ mod tests {
         let folder = private();
         let record = Record::create(folder.path(), "disk", SHAPE).unwrap();
         let mut part = record.region().unwrap().queue(1).unwrap();
-        assert_eq!(part.resume(0), Ok(None), "a new one");
-        part.started(5);
+        assert_eq!(part.resume(0, 8, |_| 0), Ok(None), "a new one");
+        part.started(&Chain { id: 5, slots: 1, entry: 5, writable: 0 }, &[]).unwrap();
         drop((record, part));
 
         let record = Record::open(folder.path(), "disk", SHAPE).unwrap();
-        let resume = record.region().unwrap().queue(1).unwrap().resume(0).unwrap().unwrap();
-        assert_eq!((resume.base, resume.heads), (1, vec![5]));
+        let resume = record.region().unwrap().queue(1).unwrap().resume(0, 8, |_| 0).unwrap();
+        assert_eq!(resume, Some(Resume { base: 1, left: vec![Taken::Fresh(5)] }));
         record.remove();
         assert_eq!(Record::open(folder.path(), "disk", SHAPE).unwrap_err().kind(), io::ErrorKind::NotFound);
     }

@@ -6,6 +6,7 @@ use super::record::{Record, Shape};
 use crate::virtio_blk::config::{Geometry, feature};
 use crate::virtio_blk::queue::{MemorySource, Shared};
 use crate::virtio_blk::request::Limits;
+use crate::virtio_blk::ring::Chain;
 use crate::virtio_blk::vring::InflightRegion;
 use block::disk::DiskOptions;
 use block::perm::Bits;
@@ -456,8 +457,10 @@ fn requests_in_flight_are_taken_up_once() {
     kernel.put(USED + 2, &1u16.to_le_bytes());
     let leave = |region: &InflightRegion| {
         let mut part = region.queue(0).unwrap();
-        assert_eq!(part.resume(0), Ok(None));
-        [0, 6, 3].into_iter().for_each(|head| part.started(head));
+        assert_eq!(part.resume(0, SIZE, |_| 0), Ok(None));
+        for id in [0, 6, 3] {
+            part.started(&Chain { id, slots: 1, entry: id, writable: 0 }, &[]).unwrap();
+        }
         part.done(6);
         part.published(&[6], 1);
     };

@@ -26,7 +26,7 @@ const MAX_REGIONS: usize = 509;
 
 /// Of the device, and of vhost.
 fn offered(geometry: &Geometry) -> u64 {
-    geometry.features() | feature::CONFIG_WCE | feature::LOG_ALL | feature::PROTOCOL
+    geometry.features() | feature::RING_PACKED | feature::CONFIG_WCE | feature::LOG_ALL | feature::PROTOCOL
 }
 
 /// Why a message was not taken.
@@ -261,7 +261,7 @@ impl<'a> Device<'a> {
             Message::SetOwner => {}
             Message::ResetOwner => self.stop_all().await,
             Message::ResetDevice => {
-                self.stop_all().await;
+                self.reset_rings().await;
                 self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
                 self.features = 0;
                 self.status = 0;
@@ -271,7 +271,7 @@ impl<'a> Device<'a> {
             Message::SetStatus(status) => {
                 self.status = status & 0xFF;
                 if self.status == 0 {
-                    self.stop_all().await;
+                    self.reset_rings().await;
                 }
             }
             Message::GetStatus => return Ok(word(self.status)),
@@ -309,7 +309,9 @@ impl<'a> Device<'a> {
             // Who reads the log looks when it likes.
             Message::SetLogFd => {}
             Message::SetVringNum { index, size } => {
-                let size = u16::try_from(size).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
+                let packed = self.is_packed();
+                let size = u16::try_from(size).ok().filter(|size| (1..=MAX_SIZE).contains(size));
+                let size = size.filter(|size| packed || size.is_power_of_two());
                 let size = size.ok_or(Refused("the size of a ring is not a power of two up to 1024".to_owned()))?;
                 self.stopped_vring(index)?.size = Some(size);
             }
@@ -320,13 +322,23 @@ impl<'a> Device<'a> {
                 vring.moved(&memory).await;
             }
             Message::SetVringBase { index, base } => {
-                let base = u16::try_from(base).map_err(|_| Refused(format!("ring index {base}")))?;
+                let base = match base >> 16 {
+                    // Some tell the available position only; nothing is in flight then.
+                    0 if self.is_packed() => base | base << 16,
+                    _ if self.is_packed() => base,
+                    0 => base,
+                    _ => return refused(format!("ring index {base}")),
+                };
                 self.stopped_vring(index)?.base = base;
             }
             Message::GetVringBase { index } => {
                 let base = self.vring(index)?.stop().await;
+                let at = usize::try_from(index).unwrap_or(usize::MAX);
+                if let Some(part) = self.inflight.as_ref().and_then(|region| region.queue(at)) {
+                    part.stopped();
+                }
                 let mut payload = index.to_le_bytes().to_vec();
-                payload.extend_from_slice(&u32::from(base).to_le_bytes());
+                payload.extend_from_slice(&base.to_le_bytes());
                 return Ok(Answer::Payload(payload));
             }
             Message::SetVringKick { index, .. } => self.kick(index, fds.next()).await?,
@@ -347,16 +359,21 @@ impl<'a> Device<'a> {
             Message::SetInflightFd(info) => {
                 let fd = fds.next().ok_or(Refused("no descriptor".to_owned()))?;
                 self.check_inflight(&info)?;
-                if info.size < InflightRegion::len(info.queues, info.queue_size) {
+                let InflightInfo { size, offset, queues, queue_size, .. } = info;
+                let packed = self.is_packed();
+                if size < InflightRegion::len(queues, queue_size, packed) {
                     return refused("the inflight region is too small");
                 }
-                let map = Arc::new(Mapping::new(fd.as_fd(), info.offset, info.size)?);
-                self.inflight =
-                    Some(InflightRegion { map, start: 0, queues: info.queues, queue_size: info.queue_size });
+                let map = Arc::new(Mapping::new(fd.as_fd(), offset, size)?);
+                self.inflight = Some(InflightRegion { map, start: 0, queues, queue_size, packed });
             }
             Message::Unknown(kind) => return refused(format!("message {kind} is not supported")),
         }
         Ok(Answer::Ack)
+    }
+
+    fn is_packed(&self) -> bool {
+        self.features & feature::RING_PACKED != 0
     }
 
     /// A queue whose setup may be changed.
@@ -372,6 +389,13 @@ impl<'a> Device<'a> {
         }
     }
 
+    /// Stops all rings, which the driver sets up anew when it needs them.
+    async fn reset_rings(&mut self) {
+        self.stop_all().await;
+        let parts = (0..self.vrings.len()).filter_map(|index| self.inflight.as_ref()?.queue(index));
+        parts.for_each(|part| part.stopped());
+    }
+
     async fn set_features(&mut self, features: u64) -> Result<(), Refused> {
         let offered = offered(&self.parts.geometry);
         if features & !offered != 0 {
@@ -382,6 +406,8 @@ impl<'a> Device<'a> {
             return refused("features change while a queue is running");
         }
         self.features = features;
+        let packed = self.is_packed();
+        self.inflight.iter_mut().for_each(|region| region.packed = packed);
         self.update_through();
         if changed & feature::LOG_ALL != 0 {
             self.update_log().await;
@@ -425,6 +451,7 @@ impl<'a> Device<'a> {
             features: RingFeatures {
                 indirect: self.features & feature::INDIRECT_DESC != 0,
                 event_idx: self.features & feature::EVENT_IDX != 0,
+                packed: self.is_packed(),
             },
             always_enabled: self.features & feature::PROTOCOL == 0,
             inflight: self.inflight.as_ref().filter(|_| self.protocol & protocol::INFLIGHT_SHMFD != 0),
@@ -486,7 +513,7 @@ impl<'a> Device<'a> {
     fn make_inflight(&self, info: InflightInfo) -> Result<Answer, Refused> {
         use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
         self.check_inflight(&info)?;
-        let size = InflightRegion::len(info.queues, info.queue_size);
+        let size = InflightRegion::len(info.queues, info.queue_size, self.is_packed());
         let make = || {
             let fd = memfd_create("vhost-user-blk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
             ftruncate(&fd, size)?;

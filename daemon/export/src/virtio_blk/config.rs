@@ -22,6 +22,8 @@ pub(crate) mod feature {
     pub const VERSION_1: u64 = 1 << 32;
     /// Addresses are those that the platform has translated.
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
+    /// Rings may have the packed layout.
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 /// Bytes of a sector, the unit of virtio's addresses.

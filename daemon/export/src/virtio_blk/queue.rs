@@ -10,7 +10,7 @@
 use super::inflight::Inflight;
 use super::log::DirtyLog;
 use super::request::{self, Command, ID_LEN, Limits, Request, Status};
-use super::ring::{Broken, Chain, Ring, RingAddresses};
+use super::ring::{Broken, Chain, Ring, RingAddresses, Taken};
 use crate::slots::Slots;
 use block::Disk;
 use buf::{GuestMemory, IoBuf};
@@ -65,7 +65,7 @@ pub(crate) struct Setup {
     pub source: Option<Arc<dyn MemorySource>>,
     pub inflight: Option<Inflight>,
     /// Requests that a former daemon left unfinished.
-    pub left: Vec<u16>,
+    pub left: Vec<Taken>,
     pub log: Option<Arc<DirtyLog>>,
     pub enabled: bool,
     pub kick: Option<OwnedFd>,
@@ -81,8 +81,8 @@ pub(crate) enum Change {
     /// The guest's memory, and where the ring lies, are these from now on.
     Memory(Arc<GuestMemory>, RingAddresses),
     Log(Option<Arc<DirtyLog>>),
-    /// None: tell the next entry of the available ring.
-    Where(oneshot::Sender<u16>),
+    /// None: tell where the ring is.
+    Where(oneshot::Sender<u32>),
     /// Take nothing more, and end when all is done.
     Stop,
 }
@@ -90,8 +90,8 @@ pub(crate) enum Change {
 /// A change, and whom to tell when it holds.
 pub(crate) type Order = (Change, oneshot::Sender<()>);
 
-/// How a ring ended: the next entry of its available ring, and why if it was not told to.
-pub(crate) type Ended = (u16, Option<Broken>);
+/// How a ring ended: where another one would go on, and why if it was not told to.
+pub(crate) type Ended = (u32, Option<Broken>);
 
 struct Done {
     chain: Chain,
@@ -171,8 +171,8 @@ pub(crate) async fn run(setup: Setup, orders: mpsc::UnboundedReceiver<Order>) ->
         start,
     };
     let broken = std::future::poll_fn(|cx| queue.poll(cx)).await;
-    let next = place.ring.borrow().next_available();
-    (next, broken)
+    let base = place.ring.borrow().base();
+    (base, broken)
 }
 
 struct Queue<F, S> {
@@ -181,7 +181,7 @@ struct Queue<F, S> {
     memory: Arc<GuestMemory>,
     source: Option<Arc<dyn MemorySource>>,
     inflight: Option<Inflight>,
-    left: std::collections::VecDeque<u16>,
+    left: std::collections::VecDeque<Taken>,
     log: Option<Arc<DirtyLog>>,
     enabled: bool,
     kick: Option<Doorbell>,
@@ -301,7 +301,7 @@ where
                 }
                 Change::Log(log) => self.log = log,
                 Change::Where(tell) => {
-                    let _ = tell.send(self.place.ring.borrow().next_available());
+                    let _ = tell.send(self.place.ring.borrow().base());
                 }
                 Change::Stop => self.running = false,
             }
@@ -319,32 +319,35 @@ where
     }
 
     /// Takes the chain of a request; where it leads out of the memory, of which there may be more by now, once more.
-    fn collect(&mut self, head: u16) -> Result<Chain, Broken> {
-        let result = self.place.ring.borrow_mut().collect(head);
+    fn collect(&mut self, taken: &Taken) -> Result<Chain, Broken> {
+        let result = self.place.ring.borrow_mut().collect(taken);
         let more = match (&result, &self.source) {
             (Err(Broken::OUTSIDE), Some(source)) => source.more(&self.memory),
             _ => None,
         };
         let Some(more) = more else { return result };
         self.relocate(more)?;
-        self.place.ring.borrow_mut().collect(head)
+        self.place.ring.borrow_mut().collect(taken)
     }
 
     fn take_requests(&mut self, turn: &mut usize) -> Result<(), Broken> {
         self.place.ring.borrow_mut().mute();
         while !self.slots.is_full() && *turn < TURN {
-            let head = match self.left.pop_front() {
-                Some(head) => head,
+            let taken = match self.left.pop_front() {
+                Some(taken) => taken,
                 None => match self.place.ring.borrow_mut().pop()? {
-                    Some(head) => head,
+                    Some(taken) => taken,
                     None => return Ok(()),
                 },
             };
-            let chain = self.collect(head)?;
-            if let Some(inflight) = &mut self.inflight {
-                inflight.started(chain.head);
-            }
-            let request = request::parse(&mut self.place.ring.borrow_mut(), chain, self.shared.limits)?;
+            let mut chain = self.collect(&taken)?;
+            let request = {
+                let buffers = &mut self.place.ring.borrow_mut().buffers;
+                if let (Some(inflight), Taken::Fresh(_)) = (&mut self.inflight, &taken) {
+                    chain.entry = inflight.started(&chain, &buffers.descriptors).map_err(Broken)?;
+                }
+                request::parse(buffers, chain, self.shared.limits)?
+            };
             *turn += 1;
             if let Some(done) = self.slots.start((self.start)(request)) {
                 self.done(done);
@@ -375,15 +378,14 @@ where
                 }
             }
         }
-        let written = u32::try_from(chain.writable).unwrap_or(u32::MAX);
         let unpublished = {
             let mut ring = self.place.ring.borrow_mut();
-            ring.push(chain.head, written);
+            ring.push(&chain);
             ring.unpublished()
         };
         if let Some(inflight) = &mut self.inflight {
-            inflight.done(chain.head);
-            self.batch.push(chain.head);
+            inflight.done(chain.entry);
+            self.batch.push(chain.entry);
         }
         if unpublished >= BATCH {
             self.publish();
@@ -395,10 +397,11 @@ where
         if ring.unpublished() == 0 {
             return;
         }
-        if let (Some(log), Some(at)) = (&self.log, ring.log_used) {
-            for (offset, len) in ring.used_ranges(ring.published()) {
-                log.mark(at.saturating_add(u64::try_from(offset).unwrap_or(u64::MAX)), len);
-            }
+        if let Some(log) = &self.log {
+            ring.unpublished_ranges(|at, len| log.mark(at, len));
+        }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.publishing(&self.batch, ring.to_be_published());
         }
         let interrupt = ring.publish();
         if let Some(inflight) = &mut self.inflight {

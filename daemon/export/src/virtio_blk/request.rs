@@ -1,7 +1,7 @@
 //! Requests of the guest: what the bytes of a chain ask for, and doing it, `[virtio 1.2 §5.2.6]`.
 
 use super::config::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
-use super::ring::{Broken, Chain, Ring};
+use super::ring::{Broken, Buffers, Chain};
 use block::{Disk, Errno, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 
@@ -80,34 +80,36 @@ pub(crate) struct Limits {
     pub block_size: u32,
 }
 
-/// The request in the chain that was taken from `ring` last.
+/// The request in the chain that was collected in `buffers` last.
 ///
 /// # Errors
 /// It has no header, or no byte for the status: there is no way to tell the guest.
-pub(crate) fn parse(ring: &mut Ring, chain: Chain, limits: Limits) -> Result<Request, Broken> {
+pub(crate) fn parse(buffers: &mut Buffers, chain: Chain, limits: Limits) -> Result<Request, Broken> {
     let mut header = [0; HEADER];
-    if !ring.to_device.take_front(&mut header) {
+    if !buffers.to_device.take_front(&mut header) {
         return Err(Broken("a request without a header"));
     }
-    let Some(status) = ring.from_device.take_last() else {
+    let Some(status) = buffers.from_device.take_last() else {
         return Err(Broken("a request without room for its status"));
     };
     let [a, b, c, d, _, _, _, _, rest @ ..] = header;
     let (kind, sector) = (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(rest));
     let command = match kind {
-        kind::IN => match place(sector, ring.from_device.len(), limits) {
-            Some(at) => Command::Read { at, buf: ring.from_device.take() },
+        kind::IN => match place(sector, buffers.from_device.len(), limits) {
+            Some(at) => Command::Read { at, buf: buffers.from_device.take() },
             None => Command::Refuse(Status::IoError),
         },
-        kind::OUT => match place(sector, ring.to_device.len(), limits) {
-            Some(at) if limits.writable => Command::Write { at, buf: ring.to_device.take() },
+        kind::OUT => match place(sector, buffers.to_device.len(), limits) {
+            Some(at) if limits.writable => Command::Write { at, buf: buffers.to_device.take() },
             _ => Command::Refuse(Status::IoError),
         },
         kind::FLUSH => Command::Flush,
-        kind::GET_ID => Command::Id(ring.from_device.take()),
+        kind::GET_ID => Command::Id(buffers.from_device.take()),
         kind::DISCARD | kind::WRITE_ZEROES if !limits.writable => Command::Refuse(Status::IoError),
-        kind::DISCARD => ranges(&ring.to_device.take(), limits, 0).map_or_else(Command::Refuse, Command::Discard),
-        kind::WRITE_ZEROES => ranges(&ring.to_device.take(), limits, UNMAP).map_or_else(Command::Refuse, Command::Zero),
+        kind::DISCARD => ranges(&buffers.to_device.take(), limits, 0).map_or_else(Command::Refuse, Command::Discard),
+        kind::WRITE_ZEROES => {
+            ranges(&buffers.to_device.take(), limits, UNMAP).map_or_else(Command::Refuse, Command::Zero)
+        }
         _ => Command::Refuse(Status::Unsupported),
     };
     Ok(Request { chain, command, status })

@@ -18,12 +18,14 @@ pub(crate) struct InflightRegion {
     pub start: usize,
     pub queues: u16,
     pub queue_size: u16,
+    /// Whether its layout is that of packed rings.
+    pub packed: bool,
 }
 
 impl InflightRegion {
     /// Bytes that a region for so many queues has.
-    pub(crate) fn len(queues: u16, queue_size: u16) -> u64 {
-        u64::from(queues).saturating_mul(u64::try_from(queue_len(queue_size)).unwrap_or(u64::MAX))
+    pub(crate) fn len(queues: u16, queue_size: u16, packed: bool) -> u64 {
+        u64::from(queues).saturating_mul(u64::try_from(queue_len(queue_size, packed)).unwrap_or(u64::MAX))
     }
 
     /// The part of a queue.
@@ -31,7 +33,7 @@ impl InflightRegion {
         if index >= usize::from(self.queues) {
             return None;
         }
-        Inflight::new(&self.map, self.start, index, self.queue_size)
+        Inflight::new(&self.map, self.start, index, self.queue_size, self.packed)
     }
 }
 
@@ -64,8 +66,8 @@ struct Running {
 pub(crate) struct Vring {
     pub size: Option<u16>,
     pub addresses: Option<RingAddresses>,
-    /// The next entry of the available ring.
-    pub base: u16,
+    /// Where it goes on, as of [`Ring::new`].
+    pub base: u32,
     call: Option<Box<dyn Interrupt>>,
     pub err: Option<Bell>,
     enabled: bool,
@@ -112,8 +114,8 @@ impl Vring {
         self.change(Change::Log(log)).await;
     }
 
-    /// The next entry of the available ring.
-    pub(crate) async fn position(&self) -> u16 {
+    /// Where it is, as of [`Ring::new`].
+    pub(crate) async fn position(&self) -> u32 {
         let (tell, told) = oneshot::channel();
         self.change(Change::Where(tell)).await;
         told.await.unwrap_or(self.base)
@@ -149,21 +151,25 @@ impl Vring {
         if around.inflight.is_some_and(|region| region.queue_size < size) {
             return Err(Broken("the inflight region is one of shorter rings"));
         }
-        let mut inflight = around.inflight.and_then(|region| region.queue(index));
-        let note = around.inflight.and_then(|region| region.queue(index));
-        let (mut left, mut noted) = (Vec::new(), None);
+        let region = around.inflight.filter(|region| index < usize::from(region.queues));
+        let mut inflight = region.and_then(|region| region.queue(index));
+        if region.is_some() && inflight.is_none() {
+            return Err(Broken("the inflight region is too small for the kind of ring"));
+        }
+        let note = region.and_then(|region| region.queue(index));
+        let noted = inflight.as_ref().and_then(Inflight::noted_through);
+        let mut left = Vec::new();
         if let Some(inflight) = &mut inflight
-            && let Some(resume) = inflight.resume(ring.published()).map_err(Broken)?
+            && let Some(resume) = inflight.resume(ring.published(), size, |slot| ring.flags_at(slot)).map_err(Broken)?
         {
             ring = Ring::new(around.memory, &at, size, resume.base, around.features)?;
-            left = resume.heads;
-            noted = inflight.noted_through();
+            left = resume.left;
             // What the former process showed to the guest it may not have told it.
             if let Some(call) = &self.call {
                 call.raise();
             }
         }
-        tracing::debug!(target: "virtio_blk_ring_start", index, size, base = ring.next_available(), resumed = left.len());
+        tracing::debug!(target: "virtio_blk_ring_start", index, size, base = ring.base(), resumed = left.len());
         let (orders, taken) = mpsc::unbounded_channel();
         let (tell, ended) = oneshot::channel();
         let setup = Setup {
@@ -202,8 +208,8 @@ impl Vring {
         }
     }
 
-    /// Stops the ring when all its requests are done; returns the next entry of its available ring.
-    pub(crate) async fn stop(&mut self) -> u16 {
+    /// Stops the ring when all its requests are done; returns where it would go on.
+    pub(crate) async fn stop(&mut self) -> u32 {
         self.request_stop();
         if let Some(running) = self.running.take()
             && let Ok((next, _)) = running.ended.await
