@@ -117,7 +117,7 @@ t_remove() {
     check_says '^2$' "with other options" sh -c "ls $b/mq | wc -l"
     ends anew
 }
-t_kills() { # numbered records with fsync, while the daemon is killed
+t_kills() { # numbered records with fsync and without, while the daemon is killed, which is no power failure
     local f n
     for f in ${KILL_FORMATS:-raw qcow2}; do
         echo "--- kills, $f"
