@@ -465,16 +465,6 @@ fn an_image_that_was_left_dirty_does_not_become_writable() {
     tools::ok("qemu-img", ["check", "-q", "-U", &path]);
 }
 
-/// Threads and resident memory in KiB, as the kernel counts them.
-fn threads_and_memory(daemon: &Daemon) -> (u64, u64) {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let number = |key: &str| {
-        let line = status.lines().find(|line| line.starts_with(key)).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    };
-    (number("Threads:"), number("VmRSS:"))
-}
-
 #[test]
 fn nothing_is_left_of_what_came_and_went() {
     let daemon = two_images();
@@ -491,14 +481,14 @@ fn nothing_is_left_of_what_came_and_went() {
     under_load(&daemon, || {
         // Pools and caches fill first.
         (0..100).for_each(|n| round(&mut qmp, n));
-        let (fds, (_, memory)) = (daemon.open_fds(), threads_and_memory(&daemon));
+        let before = daemon.usage();
         (0..400).for_each(|n| round(&mut qmp, n));
         // Clients hold no more than before; pool threads come and go with the load.
-        assert_eq!(daemon.open_fds(), fds, "descriptors");
-        let (_, after) = threads_and_memory(&daemon);
-        assert!(after < memory + 8 * 1024, "memory grew from {memory} to {after} KiB");
+        let after = daemon.usage();
+        assert_eq!(after.descriptors, before.descriptors);
+        assert!(after.memory_kib < before.memory_kib + 8 * 1024, "{before:?} has become {after:?}");
     });
-    let (threads, _) = threads_and_memory(&daemon);
+    let threads = daemon.usage().threads;
     assert!(threads < 80, "{threads} threads");
     assert_eq!(names(&mut qmp), ["f", "r"]);
 }

@@ -4,26 +4,9 @@
 
 use serde_json::{Value, json};
 use tests::nbd::{Client, Headers, cmd};
-use tests::{Daemon, Setup, on_reference, qmp, skip, tools, wait_for};
+use tests::{Daemon, RaisedAtEnd, Setup, on_reference, qmp, skip, tools, wait_for};
 
 use crate::MIB;
-
-/// What of the process must not grow.
-#[derive(Debug, Clone, Copy)]
-struct Usage {
-    kib: u64,
-    descriptors: usize,
-    threads: u64,
-}
-
-fn usage(daemon: &Daemon) -> Usage {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let number = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-        line.split_whitespace().next().unwrap().parse().unwrap()
-    };
-    Usage { kib: number("VmRSS:"), descriptors: daemon.open_fds(), threads: number("Threads:") }
-}
 
 fn nodes(daemon: &Daemon) -> Vec<Value> {
     let file = |name: &str| json!({ "driver": "file", "filename": daemon.path(name) });
@@ -84,6 +67,7 @@ fn nodes_that_come_and_go_leave_nothing() {
     std::thread::scope(|scope| {
         let (mut client, _): (Client, _) = daemon.nbd().open("busy", Headers::Simple);
         let stop = &stop;
+        let _end = RaisedAtEnd(stop);
         scope.spawn(move || {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 assert_eq!(client.write(0, 0, &[1; 65536]), 0);
@@ -98,17 +82,16 @@ fn nodes_that_come_and_go_leave_nothing() {
         };
         // Pools and caches fill once.
         cycle(&mut qmp, rounds.div_ceil(4));
-        let before = usage(&daemon);
+        let before = daemon.usage();
         cycle(&mut qmp, rounds);
         let count = u64::try_from(rounds * nodes.len()).unwrap();
         let after = wait_for("descriptors and threads to go", || {
-            let now = usage(&daemon);
+            let now = daemon.usage();
             (now.descriptors <= before.descriptors && now.threads <= before.threads + 2).then_some(now)
         });
         // A leak of half a kilobyte for each node would be seen, beyond what the allocator keeps.
-        let allowed = before.kib + 2048 + count / 2;
-        assert!(after.kib <= allowed, "after {count} nodes: {before:?}, then {after:?}");
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let allowed = before.memory_kib + 2048 + count / 2;
+        assert!(after.memory_kib <= allowed, "after {count} nodes: {before:?}, then {after:?}");
     });
     daemon.stop();
 }

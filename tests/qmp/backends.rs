@@ -591,12 +591,6 @@ fn programs_of_others() {
 fn thousands_of_devices_leave_nothing() {
     let daemon = super::monitored();
     let mut qmp = daemon.qmp();
-    let memory = || {
-        let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap().to_owned();
-        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
-    };
-    let threads = || fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().count();
     let round = |qmp: &mut qmp::Client| {
         let unix = json!({"type": "unix", "data": {"path": "x.sock"}});
         for (id, kind, data) in [
@@ -616,10 +610,10 @@ fn thousands_of_devices_leave_nothing() {
         }
     };
     (0..20).for_each(|_| round(&mut qmp));
-    let (fds, before) = (daemon.open_fds(), memory());
+    let before = daemon.usage();
     (0..250).for_each(|_| round(&mut qmp));
     assert!(!daemon.path("link").exists() && !daemon.path("x.sock").exists());
-    assert_eq!(daemon.open_fds(), fds);
-    assert!(memory() < before + 8192, "{before} KiB have become {}", memory());
-    assert!(threads() < 40, "{} threads", threads());
+    let after = daemon.usage();
+    assert_eq!(after.descriptors, before.descriptors);
+    assert!(after.memory_kib < before.memory_kib + 8192 && after.threads < 40, "{before:?} has become {after:?}");
 }

@@ -6,6 +6,7 @@ mod chardevs;
 mod clients;
 mod descriptors;
 mod dialect;
+mod leaks;
 mod objects;
 mod session;
 

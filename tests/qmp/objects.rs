@@ -292,7 +292,6 @@ fn types_and_their_properties() {
 fn thousands_of_objects_leave_nothing() {
     let daemon = super::monitored();
     let mut qmp = daemon.qmp();
-    let threads = || fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().count();
     let round = |qmp: &mut qmp::Client| {
         add(qmp, "secret", "s", json!({"data": "x".repeat(5000)})).unwrap();
         add(qmp, "thread-context", "t", json!({})).unwrap();
@@ -306,10 +305,10 @@ fn thousands_of_objects_leave_nothing() {
         }
     };
     round(&mut qmp);
-    let (fds, before) = (daemon.open_fds(), threads());
+    let before = daemon.usage();
     (0..500).for_each(|_| round(&mut qmp));
-    tests::wait_for("the threads to end", || (threads() <= before).then_some(()));
-    assert_eq!(daemon.open_fds(), fds);
+    tests::wait_for("the threads to end", || (daemon.usage().threads <= before.threads).then_some(()));
+    assert_eq!(daemon.usage().descriptors, before.descriptors);
 }
 
 #[test]

@@ -219,9 +219,7 @@ fn a_client_that_does_not_read_holds_up_nobody() {
         }
     }
     assert!(sent < 5000, "the daemon takes requests without end");
-    let rss = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let rss: u64 =
-        rss.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok()).unwrap();
+    let rss = daemon.usage().memory_kib;
     assert!(rss < 200 * 1024, "{rss} kB for a client that does not read");
     slow.stream().set_nonblocking(false).unwrap();
     for _ in 0..sent {

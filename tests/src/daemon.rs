@@ -300,6 +300,24 @@ impl Daemon {
         fields.split_whitespace().skip(11).take(2).map(|tick| tick.parse::<u64>().expect("ticks")).sum()
     }
 
+    /// What it has of the system at this moment.
+    pub fn usage(&self) -> Usage {
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("read the process's status");
+        // [proc(5)] Sizes are in KiB.
+        let number = |name: &str| {
+            let line =
+                status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect("a known field");
+            line.split_whitespace().next().and_then(|number| number.parse().ok()).expect("a number")
+        };
+        Usage {
+            memory_kib: number("VmRSS"),
+            peak_kib: number("VmHWM"),
+            threads: number("Threads"),
+            descriptors: self.open_fds(),
+        }
+    }
+
     /// How many threads it has, and how many mappings of memory.
     pub fn threads_and_mappings(&self) -> (usize, usize) {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("list its threads").count();
@@ -311,6 +329,19 @@ impl Daemon {
     pub fn open_fds(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("list its descriptors").count()
     }
+}
+
+/// What a process has of the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Memory that is there, in KiB.
+    pub memory_kib: u64,
+    /// The most that it ever was.
+    pub peak_kib: u64,
+    /// Threads.
+    pub threads: u64,
+    /// Open descriptors.
+    pub descriptors: usize,
 }
 
 impl Drop for Daemon {

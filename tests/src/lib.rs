@@ -22,7 +22,7 @@ pub mod qmp;
 pub mod tools;
 pub mod vhost;
 
-pub use daemon::{Daemon, Setup};
+pub use daemon::{Daemon, Setup, Usage};
 pub use program::{known_defect, on_reference};
 
 use std::time::{Duration, Instant};
@@ -47,6 +47,16 @@ pub fn wait_within<T>(limit: Duration, mut state: impl FnMut() -> Option<T>) -> 
             return None;
         }
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Raises a flag at the end of its scope, also at that of a test that fails: for threads that work until then.
+#[derive(Debug)]
+pub struct RaisedAtEnd<'a>(pub &'a std::sync::atomic::AtomicBool);
+
+impl Drop for RaisedAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, std::sync::atomic::Ordering::Relaxed);
     }
 }
 
