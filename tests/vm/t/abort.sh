@@ -6,7 +6,7 @@ lio_init; lio_disk d0 64; iscsi_init d0
 a=$(iscsi_path 1) b=$(iscsi_path 2)
 install -d -o nobody -g nogroup /tmp/pr
 qemu-pr-helper -k /tmp/pr/s -u nobody -g nogroup & h=$!
-wait_for 10 test -S /tmp/pr/s
+wait_for 60 test -S /tmp/pr/s
 c() { python3 /vm/lib/pr_client.py /tmp/pr/s "$@"; }
 p() { timeout 20 sg_persist -n "$@"; }
 wr() { dd if=/dev/zero of=$1 bs=4k count=1 oflag=direct conv=notrunc status=none; }

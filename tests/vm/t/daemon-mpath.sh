@@ -15,7 +15,7 @@ setpriv --reuid nobody --regid nogroup --clear-groups --bounding-set=-all --inh-
     --blockdev host_device,node-name=m,filename="$m",pr-manager=p \
     --blockdev host_device,node-name=o,filename="$other",pr-manager=p \
     --chardev socket,id=q,path=$q,server=on,wait=off --monitor q & d=$!
-wait_for 60 test -S $q || finish
+wait_for 60 test -S $q || die "it does not start"
 p() { timeout 20 sg_persist -n "$@"; }
 keys() { p -k "$other" | grep -c "^ *$1\$"; }
 wr() { dd if=/dev/zero of=$1 bs=4k count=8 oflag=direct conv=notrunc status=none; }
@@ -73,7 +73,7 @@ if [ $route = kernel ]; then
     echo "--- as on older kernels, through the helper"
     # What the daemon asks of the kernel is answered so, and said to be by its sandbox; the helper's own calls are not.
     strace -qqf -o /tmp/strace -p $d -e trace=ioctl -e inject=ioctl:error=EOPNOTSUPP & st=$!
-    wait_for 10 grep -q "^TracerPid:.[1-9]" /proc/$d/task/*/status
+    wait_for 60 grep -q "^TracerPid:.[1-9]" /proc/$d/task/*/status
     route=helper
     sequence
     kill -INT $st; wait $st

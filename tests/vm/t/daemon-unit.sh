@@ -16,32 +16,20 @@ C
 systemctl daemon-reload
 check "sockets" systemctl start qemu-pr-helper.socket qemu-storage-daemon-qmp@one.socket
 check_rc 3 "the daemon does not run yet" systemctl is-active -q qemu-storage-daemon@one.service
-cat >/tmp/q.py <<'P'
-import json, socket, sys
-s = socket.socket(socket.AF_UNIX)
-s.settimeout(60)
-s.connect("/run/qemu-storage-daemon-one/qmp.sock")
-f = s.makefile("rw")
-f.readline()
-for line in ['{"execute": "qmp_capabilities"}'] + sys.argv[1:]:
-    print(line, file=f, flush=True)
-    while "event" in (answer := json.loads(f.readline())):
-        pass
-print(json.dumps(answer))
-P
-q() { timeout 90 python3 /tmp/q.py "$@"; }
-check_says '"mode": "default".*"system-calls": true.*"no-new-privileges": true, "capabilities": \[\], "refused": \[\]' \
-    "the first client starts it, in its sandbox" q '{"execute": "x-query-sandbox"}'
+q=/run/qemu-storage-daemon-one/qmp.sock
+check_says '"capabilities": \[\].*"mode": "default".*"no-new-privileges": true.*"refused": \[\].*"system-calls": true' \
+    "the first client starts it, in its sandbox" qmp $q x-query-sandbox
 check "it runs" systemctl is-active -q qemu-storage-daemon@one.service
 pid=$(systemctl show -P MainPID qemu-storage-daemon@one.service)
 check "as its user" test "$(stat -c %U /proc/$pid)" = qemu-storage-daemon
 check_says '^CapEff:.0*$' "without capabilities" cat /proc/$pid/status
-connected() { q '{"execute": "query-pr-managers"}' | grep -q '"connected": true'; }
-check "it has the helper, which its connection started" wait_for 30 connected
+check "it has the helper, which its connection started" wait_for 30 helper_has
 check "the helper runs" systemctl is-active -q qemu-pr-helper.service
-check_says '"route": "(helper|kernel)"' "a reservation" \
-    q '{"execute": "x-block-pr-out", "arguments": {"node-name": "a", "action": "register", "new-key": 161}}'
-check_says '"keys": \[161\]' "is there" q '{"execute": "x-block-pr-in", "arguments": {"node-name": "a", "action": "read-keys"}}'
+check_says '"route": "(helper|kernel)"' "a reservation" pr out a register new-key=161
+check_says '"keys": \[161\]' "is there" pr in a read-keys
+check "stop the daemon alone" systemctl stop qemu-storage-daemon@one.service
+check "its socket stays" test -S $q
+check_says '"keys": \[161\]' "the next client starts the next daemon" pr in a read-keys
 check "stop" systemctl stop qemu-storage-daemon-qmp@one.socket qemu-storage-daemon@one.service
 check_says 'success' "stopped well" systemctl show -P Result qemu-storage-daemon@one.service
 check_rc 1 "nothing was refused" sh -c 'journalctl -q -u qemu-storage-daemon@one -o cat | grep "refused in thread"'

@@ -8,7 +8,7 @@ lio_init; lio_disk d0 64
 a=$(lio_path 1 d0) b=$(lio_path 2 d0)
 install -d -o nobody -g nogroup /tmp/pr
 qemu-pr-helper -k /tmp/pr/s -u nobody -g nogroup & h=$!
-wait_for 10 test -S /tmp/pr/s || finish
+wait_for 60 test -S /tmp/pr/s || die "it does not start"
 
 # The guest: an initramfs of busybox, sg_persist and four modules.
 r=/tmp/guest; mkdir -p $r/bin $r/dev $r/proc $r/sys $r/modules

@@ -7,7 +7,7 @@ lio_init; lio_disk d0 8; a=$(lio_path 1 d0)
 modprobe fuse
 install -d -o nobody -g nogroup /tmp/pr; mkdir -p /tmp/fuse
 qemu-pr-helper -k /tmp/pr/s -u nobody -g nogroup --audit=off & h=$!
-wait_for 10 test -S /tmp/pr/s
+wait_for 60 test -S /tmp/pr/s
 cat >/tmp/fs.py <<'P'
 import ctypes, os, struct, sys
 sys.path.insert(0, "/vm/lib")

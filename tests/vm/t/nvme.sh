@@ -7,7 +7,7 @@ nvmet_init || { echo "skip this kernel has no NVMe target reservations"; exit 77
 a=$(nvme_path 1) b=$(nvme_path 2); echo "$a $b"
 install -d -o nobody -g nogroup /tmp/pr
 qemu-pr-helper -k /tmp/pr/s -u nobody -g nogroup --audit=off & h=$!
-wait_for 10 test -S /tmp/pr/s
+wait_for 60 test -S /tmp/pr/s
 wr() { dd if=/dev/zero of=$1 bs=4k count=1 oflag=direct conv=notrunc status=none; }
 c() { python3 /vm/lib/pr_client.py /tmp/pr/s "$@"; }
 c $a capabilities

@@ -8,7 +8,7 @@ a0=$(lio_path 1 d0) b0=$(lio_path 2 d0) a1=$(lio_path 3 d1) b1=$(lio_path 4 d1)
 install -d -o nobody -g nogroup /tmp/pr
 qemu-pr-helper -k /tmp/pr/ours -u nobody -g nogroup --audit=off & ours=$!
 reference-pr-helper -k /tmp/pr/reference -u nobody -g nogroup & reference=$!
-wait_for 10 test -S /tmp/pr/ours -a -S /tmp/pr/reference || finish
+wait_for 60 test -S /tmp/pr/ours -a -S /tmp/pr/reference || die "it does not start"
 PYTHONPATH=/vm/lib python3 - "${1:-1}" "${2:-600}" $a0 $b0 $a1 $b1 <<'P'
 import os, random, sys
 from pr_client import *

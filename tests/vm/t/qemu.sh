@@ -8,7 +8,7 @@ lio_init; lio_disk d0 64
 a=$(lio_path 1 d0) b=$(lio_path 2 d0)
 install -d -o nobody -g nogroup /tmp/pr
 qemu-pr-helper -k /tmp/pr/s -u nobody -g nogroup & h=$!
-wait_for 10 test -S /tmp/pr/s || finish
+wait_for 60 test -S /tmp/pr/s || die "it does not start"
 PYTHONPATH=/vm/lib python3 - $a $b <<'P'
 import os, sys
 from virtio_scsi import *

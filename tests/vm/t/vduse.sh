@@ -25,12 +25,12 @@ start() { # start PROGRAM EXPORT-OPTIONS [MORE...]: serves $img as vduse0
     $q --chardev socket,id=m,path=/tmp/qmp.sock,server=on,wait=off --monitor chardev=m "$@" "${node[@]}" \
         --export vduse-blk,id=e,node-name=f,name=vduse0,$e 2>>/tmp/daemon.log &
     qp=$!
-    wait_for 10 test -S /tmp/qmp.sock && wait_for 10 qmp query-block-exports
+    wait_for 60 test -S /tmp/qmp.sock && wait_for 10 qmp query-block-exports
 }
 attach() { # the disk as $d
     local old; old=$(ls /sys/block)
     new() { ls /sys/block | grep -vxF "$old"; }
-    vdpa dev add name vduse0 mgmtdev vduse && wait_for 10 new && d=/dev/$(new) && b=/sys/block/${d#/dev/}
+    vdpa dev add name vduse0 mgmtdev vduse && wait_for 60 new && d=/dev/$(new) && b=/sys/block/${d#/dev/}
 }
 detach() { vdpa dev del vduse0; }
 del() { qmp block-export-del id=e; }
@@ -52,7 +52,7 @@ basic() { # basic PROGRAM FORMAT EXPORT-OPTIONS [MORE...]
     check "$t: discard" blkdiscard -l 1M $d
     check "$t: random operations" $io random $d $RANDOM 300
     check "$t: resize" qmp block_resize node-name=f size=100663296
-    check "$t: the disk grows" wait_for 10 sh -c "blockdev --getsize64 $d | grep -qx 100663296"
+    check "$t: the disk grows" wait_for 60 sh -c "blockdev --getsize64 $d | grep -qx 100663296"
     check "$t: write beyond the old end" sh -c "echo end | dd of=$d bs=1M seek=95 conv=sync,fsync status=none"
     check_says ' of 95 MiB' "$t: all of it" sh -c "dd if=$d bs=1M skip=95 count=1 status=none | head -c 3 | grep -q end && echo ' of 95 MiB'"
 }
