@@ -3,7 +3,7 @@
 . /vm/lib/lib.sh
 . /vm/lib/stress.sh
 dev=$1 seconds=$2
-wait_for 10 test -b $dev
+wait_for 60 test -b $dev
 ring_layout $dev
 check "mkfs" mkfs.ext4 -q $dev
 mkdir -p /mnt/t
