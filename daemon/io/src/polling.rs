@@ -24,6 +24,10 @@ const FIRST_WINDOW: u64 = 4000;
 const LOOKS: u32 = 16;
 /// The factor if none is given.
 const DEFAULT_GROW: u64 = 2;
+/// The divisor if none is given. One wait too long among short ones says little: a peer that was itself asleep took its time. To forget
+/// the window then would send the thread to sleep several times more, and its peer with it. A thread that keeps waiting long has
+/// forgotten it after a few waits all the same.
+const DEFAULT_SHRINK: u64 = 2;
 
 /// How long an IOThread looks for events before it sleeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,7 +36,7 @@ pub struct Polling {
     pub max_ns: u64,
     /// The factor by which the time grows (`poll-grow`); 0 is the default, 2.
     pub grow: u64,
-    /// The divisor by which the time shrinks (`poll-shrink`); 0 is the default, which is not to look at all next time.
+    /// The divisor by which the time shrinks (`poll-shrink`); 0 is the default, 2, where a time that is not worth it is none.
     pub shrink: u64,
 }
 
@@ -193,7 +197,10 @@ impl Idle {
 /// The window after an event that came when the thread had waited so long, and slept at the end of it.
 fn adjusted(window: u64, waited: u64, polling: Polling) -> u64 {
     let new = if waited > polling.max_ns {
-        window.checked_div(polling.shrink).unwrap_or(0)
+        match window.checked_div(polling.shrink) {
+            Some(shrunk) => shrunk,
+            None => Some(window / DEFAULT_SHRINK).filter(|half| *half >= FIRST_WINDOW).unwrap_or(0),
+        }
     } else if waited <= window {
         window
     } else if window == 0 {
@@ -296,8 +303,15 @@ mod tests {
 
     #[test]
     fn a_window_shrinks_when_no_window_would_have_caught_the_event() {
-        assert_eq!(adjusted(32000, 32769, ON), 0);
+        let fading: Vec<u64> = (0..5)
+            .scan(32000, |window, _| {
+                *window = adjusted(*window, 32769, ON);
+                Some(*window)
+            })
+            .collect();
+        assert_eq!(fading, [16000, 8000, 4000, 0, 0], "what is too short to be worth it is none");
         assert_eq!(adjusted(32000, 32769, Polling { shrink: 2, ..ON }), 16000);
+        assert_eq!(adjusted(32000, 32769, Polling { shrink: 4, ..ON }), 8000);
         assert_eq!(adjusted(32000, 32769, Polling { shrink: 1, ..ON }), 32000);
         assert_eq!(adjusted(1, 40000, Polling { shrink: u64::MAX, ..ON }), 0);
         assert_eq!(
@@ -305,6 +319,23 @@ mod tests {
             500,
             "a maximum that was lowered holds"
         );
+    }
+
+    #[test]
+    fn a_wait_too_long_among_short_ones_is_no_reason_to_stop_looking() {
+        let slept_for_short_ones = |polling| {
+            let mut window = 32000;
+            let waits = (0..40).map(|turn| if turn % 8 == 7 { 50_000 } else { 12_000 });
+            waits
+                .filter(|wait| {
+                    let slept = *wait > window && *wait < 50_000;
+                    window = adjusted(window, *wait, polling);
+                    slept
+                })
+                .count()
+        };
+        assert_eq!(slept_for_short_ones(ON), 3);
+        assert_eq!(slept_for_short_ones(Polling { shrink: u64::MAX, ..ON }), 12, "as if it were forgotten at once");
     }
 
     #[test]

@@ -22,8 +22,8 @@ pub struct IothreadProperties {
     /// The factor by which that time grows when a longer look would have caught the event; 0, the default, is 2.
     #[qapi(since = "2.9")]
     pub poll_grow: Option<i64>,
-    /// The divisor by which that time shrinks when no look would have; 0, the default, stops looking until a sleep is
-    /// short again.
+    /// The divisor by which that time shrinks when no look would have; 0, the default, is 2, and stops looking where so little is left
+    /// that it is not worth it, until a sleep is short again.
     #[qapi(since = "2.9")]
     pub poll_shrink: Option<i64>,
 }
