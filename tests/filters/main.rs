@@ -5,6 +5,7 @@ mod blkdebug;
 mod fault;
 mod leaks;
 mod log;
+mod passing;
 mod quorum;
 mod space;
 mod throttle;

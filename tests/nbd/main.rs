@@ -3,6 +3,7 @@
 
 mod crash;
 mod differential;
+mod errors;
 mod handshake;
 mod hostile;
 mod interop;

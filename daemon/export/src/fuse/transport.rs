@@ -9,7 +9,7 @@ use super::queues::Queues;
 use super::reply::Reply;
 use super::request::Init;
 use super::session::{self, Answer, End, Greet};
-use super::wire::{MAX_TRANSFER, OVER_IO_URING};
+use super::wire::{MAJOR, MAX_TRANSFER, OVER_IO_URING};
 use crate::Transport as Kind;
 use io::{FuseRing, IoThread};
 use std::os::fd::OwnedFd;
@@ -40,7 +40,8 @@ impl Transport {
     }
 
     async fn rings(&self, offered: &Init) -> Vec<FuseRing> {
-        if offered.flags & OVER_IO_URING == 0 {
+        // A kernel of another language asks once more; what it offers then is what counts.
+        if offered.flags & OVER_IO_URING == 0 || offered.major != MAJOR {
             return Vec::new();
         }
         let payload = usize::try_from(MAX_TRANSFER).unwrap_or(usize::MAX);
