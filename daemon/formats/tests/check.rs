@@ -248,6 +248,61 @@ fn damaged_images_are_repaired_as_by_the_reference() {
     assert!(tally.same_check * 10 >= tally.images * 9, "checks that find something else");
 }
 
+fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Where the entries of the table of snapshots are, which have names of three letters and 24 bytes of extra data.
+fn entry(image: &[u8], index: usize) -> usize {
+    let table = usize::try_from(u64::from_be_bytes(image[64..72].try_into().unwrap())).unwrap();
+    table + index * 72
+}
+
+/// An entry with more extra data than there may be, one with none, and with so much that the rest of the table is nowhere.
+#[test]
+fn flawed_tables_of_snapshots() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = folder();
+    create(dir.path(), "-o cluster_size=4k base 1M");
+    for name in ["one", "two", "six"] {
+        qemu_io(dir.path(), "base", &["write -P 7 0 40k"]);
+        run(dir.path(), "qemu-img", &["snapshot", "-c", name, "base"]);
+    }
+    let path = dir.path().to_owned();
+    let base = std::fs::read(path.join("base")).unwrap();
+    on_thread(move || async move {
+        for (what, extra) in [("overlong", 2000u32), ("endless", 0xffff_fff0), ("none", 0)] {
+            let mut image = base.clone();
+            let at = entry(&base, if what == "none" { 2 } else { 1 });
+            put(&mut image, at + 36, &extra.to_be_bytes());
+            if what == "none" {
+                let names = base[at + 64..at + 68].to_vec();
+                put(&mut image, at + 40, &names);
+            }
+            for name in ["ours", "theirs"] {
+                std::fs::write(path.join(name), &image).unwrap();
+            }
+            let found = ours(&path.join("ours"), Fix::Nothing).await;
+            match reference(&path, "theirs", None) {
+                Some((expected, _)) => assert_eq!(numbers(&found.unwrap()), expected, "{what}"),
+                None => assert_eq!(found.unwrap_err(), "Too much extra metadata in snapshot table entry 1", "{what}"),
+            }
+            let fixed = ours(&path.join("ours"), Fix::All).await.unwrap();
+            let (theirs, _) = reference(&path, "theirs", Some("all")).unwrap();
+            let ours = numbers(&fixed);
+            // Where the table ends up is the repairer's own affair.
+            assert_eq!(ours[..9], theirs[..9], "{what}");
+            let list = |image: &str| run(&path, "qemu-img", &["snapshot", "-l", image]);
+            assert_eq!(list("ours"), list("theirs"), "{what}");
+            assert_eq!(content(&path, "ours"), content(&path, "theirs"), "{what}");
+            let (after, code) = reference(&path, "ours", None).unwrap();
+            assert_eq!((after[1], after[2], code), (0, 0, 0), "{what}");
+        }
+    });
+}
+
 /// The reference, killed while it defers refcounts, leaves an image dirty.
 #[test]
 fn images_that_were_left_dirty_open() {

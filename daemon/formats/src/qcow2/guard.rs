@@ -8,6 +8,7 @@
 use super::bytes::{be64, u64_of, us};
 use super::entry::OFFSET;
 use super::image::Qcow2;
+use super::snapshot::read_table;
 use block::{Errno, IoResult};
 use buf::IoBuf;
 use qapi::types::block::{Qcow2OverlapCheckFlags, Qcow2OverlapCheckMode, Qcow2OverlapChecks};
@@ -266,22 +267,22 @@ impl Qcow2 {
         if let Some((at, len)) = self.bitmaps.directory() {
             add(Kinds::BITMAP_DIRECTORY, self.clusters_of(at, len));
         }
-        let (snapshots, len) = super::check::snapshots(&self.file.node(), &header).await.map_err(|_| Errno::EIO)?;
+        let (snapshots, len) = read_table(&self.file.node(), &header).await.map_err(|_| Errno::EIO)?;
         add(Kinds::SNAPSHOT_TABLE, self.clusters_of(header.snapshots_at, len));
         let mut inactive = 0;
         for snapshot in &snapshots {
-            let len = snapshot.entries * 8;
-            if len > super::header::MAX_L1_BYTES || snapshot.at >= self.file.size() {
+            let (at, len) = (snapshot.l1_at, u64::from(snapshot.l1_entries) * 8);
+            if len > super::header::MAX_L1_BYTES || at >= self.file.size() {
                 // No table can be there; nobody reads it before it is used.
                 continue;
             }
-            add(Kinds::INACTIVE_L1, self.clusters_of(snapshot.at, len));
+            add(Kinds::INACTIVE_L1, self.clusters_of(at, len));
             inactive += us(len / 8);
             if kinds.both(Kinds::INACTIVE_L2).is_empty() || len == 0 || inactive > MAX_INACTIVE {
                 continue;
             }
             let table = IoBuf::alloc(us(len));
-            self.file.read(snapshot.at, &table).await?;
+            self.file.read(at, &table).await?;
             for entry in table.to_vec().chunks_exact(8).map(|entry| be64(entry, 0) & OFFSET).filter(|at| *at != 0) {
                 add(Kinds::INACTIVE_L2, entry >> bits..(entry >> bits) + 1);
             }

@@ -11,7 +11,7 @@ impl Qcow2 {
         let header = self.header_now();
         let named = lock(&self.backing_name).clone();
         // A table that cannot be read any more is told of by who needs it.
-        let snapshots = read_table(&self.file, &header).await.map_or_else(|_| Vec::new(), |(list, _)| list);
+        let snapshots = read_table(&self.file.node(), &header).await.map_or_else(|_| Vec::new(), |(list, _)| list);
         let snapshots = snapshots.iter().map(|snapshot| snapshot.facts().into()).collect();
         ImageDetails {
             dirty: Some(header.incompatible & header::DIRTY != 0),

@@ -46,7 +46,7 @@ pub async fn open(cx: &mut OpenContext<'_>, options: &BlockdevOptionsQcow2, work
     file.raise(BlkdebugEvent::ReftableLoad);
     let table = read_table(&file, "reference count table", header.reftable_at, header.reftable_bytes()).await?;
     let refs = Refcounts::new(header.cluster_bits, header.refcount_order, header.reftable_at, &table, caches.refcounts);
-    snapshot::check_table(&file, header).await?;
+    snapshot::read_table(&file.node(), header).await?;
     let bitmaps = Recorder::read(&file, header, extensions.bitmaps.as_ref()).await?;
     let data_file = data_file(cx, options, &start, &file).await?;
     let backing = backing(cx, options, &start, &file).await?;

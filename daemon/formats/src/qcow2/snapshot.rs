@@ -9,7 +9,7 @@ use super::image::Qcow2;
 use super::switch::Switch;
 use block::driver::LocalFuture;
 use block::snapshot::{SnapshotFacts, Snapshots};
-use block::{Edge, Errno};
+use block::{Errno, Node};
 use buf::IoBuf;
 use qapi::{Error, Result};
 
@@ -54,6 +54,16 @@ impl Snapshot {
         }
     }
 
+    /// Gives an entry without them the extra data that version 3 asks for. `size` is that of the disk.
+    pub fn complete(&mut self, size: u64) {
+        if self.extra.len() < 16 {
+            self.extra = vec![0; 24];
+            put64(&mut self.extra, 0, self.vm_state.into());
+            put64(&mut self.extra, 8, size);
+            put64(&mut self.extra, 16, NO_ICOUNT);
+        }
+    }
+
     /// The entry as it stands in the table, without what pads it.
     fn encode(&self) -> Vec<u8> {
         let short = |len: usize| u16::try_from(len).unwrap_or(u16::MAX).to_be_bytes();
@@ -87,53 +97,100 @@ pub fn encode_table(snapshots: &[Snapshot]) -> Vec<u8> {
     bytes
 }
 
+/// What of a table is not as it should be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flaws {
+    /// Entries behind the end that the table may have.
+    pub overhanging: u64,
+    /// Entries with more extra data than a table may have.
+    pub overlong: u64,
+    /// Entries without the extra data that version 3 asks for.
+    pub incomplete: u64,
+}
+
+impl Flaws {
+    /// How many there are.
+    pub fn total(self) -> u64 {
+        self.overhanging.saturating_add(self.overlong).saturating_add(self.incomplete)
+    }
+}
+
+/// A table as it was read.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// Its entries.
+    pub list: Vec<Snapshot>,
+    /// Its length in bytes.
+    pub len: u64,
+    /// What is wrong with it and can be mended.
+    pub flaws: Flaws,
+}
+
 /// Reads the table of snapshots, and checks that it is one. Also gives its length in bytes.
 ///
 /// # Errors
 /// It cannot be read, or is malformed.
-pub async fn read_table(file: &Edge, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
-    let mut at = header.snapshots_at;
-    let mut found = Vec::new();
-    let too_large = || Error::generic("Snapshot table too large");
-    for _ in 0..header.snapshots {
-        at = at.checked_next_multiple_of(8).ok_or_else(too_large)?;
-        let fixed = piece(file, at, FIXED).await?;
-        let (id_len, name_len) = (u64::from(be16(&fixed, 12)), u64::from(be16(&fixed, 14)));
-        let extra_len = u64::from(be32(&fixed, 36));
-        if extra_len > MAX_EXTRA {
-            return Err(Error::generic("Too much extra metadata in snapshot table entry"));
-        }
-        let rest = piece(file, at + FIXED, extra_len + id_len + name_len).await?;
-        let part = |from: u64, len: u64| rest.get(us(from)..us(from + len)).unwrap_or_default().to_vec();
-        found.push(Snapshot {
-            l1_at: be64(&fixed, 0),
-            l1_entries: be32(&fixed, 8),
-            date_sec: be32(&fixed, 16),
-            date_nsec: be32(&fixed, 20),
-            clock_nsec: be64(&fixed, 24),
-            vm_state: be32(&fixed, 32),
-            extra: part(0, extra_len),
-            id: part(extra_len, id_len),
-            name: part(extra_len + id_len, name_len),
-        });
-        at += FIXED + extra_len + id_len + name_len;
-        if at - header.snapshots_at > MAX_TABLE {
-            return Err(too_large());
-        }
-    }
-    Ok((found, at - header.snapshots_at))
+pub async fn read_table(file: &Node, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
+    let table = scan_table(file, header, false).await?;
+    Ok((table.list, table.len))
 }
 
-/// Reads the table of snapshots through, and checks that it is one.
+/// The same; what goes beyond what a table may have is left out of it if it is to be mended, as the reference does.
 ///
 /// # Errors
-/// It cannot be read, or is malformed.
-pub async fn check_table(file: &Edge, header: &Header) -> Result<()> {
-    read_table(file, header).await.map(drop)
+/// It cannot be read; without `mend`, it goes beyond what a table may have.
+pub async fn scan_table(file: &Node, header: &Header, mend: bool) -> Result<Table> {
+    let start = header.snapshots_at;
+    let (mut at, mut table) = (start, Table::default());
+    for index in 0..header.snapshots {
+        let (mut entry, end) = entry_at(file, at, index, mend).await?;
+        table.flaws.overlong += u64::from(entry.extra.len() > us(MAX_EXTRA));
+        if end - start > MAX_TABLE {
+            if !mend {
+                return Err(Error::generic("Snapshot table too large"));
+            }
+            table.flaws.overhanging = u64::from(header.snapshots - index);
+            break;
+        }
+        entry.extra.truncate(us(MAX_EXTRA));
+        table.flaws.incomplete += u64::from(header.version >= 3 && entry.extra.len() < 16);
+        table.list.push(entry);
+        at = end;
+    }
+    table.len = at - start;
+    Ok(table)
 }
 
-async fn piece(file: &Edge, at: u64, len: u64) -> Result<Vec<u8>> {
-    if at.checked_add(len).is_none_or(|end| end > file.size()) {
+/// The entry behind `at`, and where it ends. Of extra data that are too long there is one byte too many.
+async fn entry_at(file: &Node, at: u64, index: u32, mend: bool) -> Result<(Snapshot, u64)> {
+    let at = at.checked_next_multiple_of(8).ok_or_else(|| Error::generic("Snapshot table too large"))?;
+    // What a repair goes by reads as zero where there is nothing, as the reference has it; but there must be a table.
+    let bounded = !mend || index == 0;
+    let fixed = piece(file, at, FIXED, bounded).await?;
+    let (id_len, name_len) = (u64::from(be16(&fixed, 12)), u64::from(be16(&fixed, 14)));
+    let extra_len = u64::from(be32(&fixed, 36));
+    if extra_len > MAX_EXTRA && !mend {
+        return Err(Error::generic(format!("Too much extra metadata in snapshot table entry {index}")));
+    }
+    let extra = piece(file, at + FIXED, extra_len.min(MAX_EXTRA + 1), !mend).await?;
+    let names = piece(file, at + FIXED + extra_len, id_len + name_len, !mend).await?;
+    let (id, name) = names.split_at(us(id_len).min(names.len()));
+    let snapshot = Snapshot {
+        l1_at: be64(&fixed, 0),
+        l1_entries: be32(&fixed, 8),
+        date_sec: be32(&fixed, 16),
+        date_nsec: be32(&fixed, 20),
+        clock_nsec: be64(&fixed, 24),
+        vm_state: be32(&fixed, 32),
+        extra,
+        id: id.to_vec(),
+        name: name.to_vec(),
+    };
+    Ok((snapshot, at + FIXED + extra_len + id_len + name_len))
+}
+
+async fn piece(file: &Node, at: u64, len: u64, bounded: bool) -> Result<Vec<u8>> {
+    if bounded && at.checked_add(len).is_none_or(|end| end > file.size()) {
         return Err(Error::generic("Could not read snapshots: the table lies beyond the end of the image"));
     }
     if len == 0 {
@@ -149,7 +206,7 @@ impl Qcow2 {
         if self.data_file.is_some() {
             return Err(Error::io("Failed to get a snapshot list", Errno::EOPNOTSUPP.into()));
         }
-        read_table(&self.file, &self.header_now()).await
+        read_table(&self.file.node(), &self.header_now()).await
     }
 
     async fn make_snapshot(&self, facts: &SnapshotFacts) -> Result<()> {

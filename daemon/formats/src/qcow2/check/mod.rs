@@ -8,6 +8,7 @@
 //! | `compare` | counted against the image's refcounts |
 //! | `rebuild` | new refcount structures, where the old ones cannot be mended |
 //! | `copied` | the marks of clusters that nobody shares |
+//! | `snapshots` | a new table of snapshots, where the old one is flawed |
 //!
 //! Works on an image that nobody else uses, below the caches: the caller has written everything out and reads it anew. Each
 //! L2 table is read once, however many L1 tables name it. Memory grows with what the image refers to, up to a limit; no size
@@ -18,12 +19,14 @@ mod compare;
 mod copied;
 mod counts;
 mod rebuild;
+mod snapshots;
 mod walk;
 
-use super::bytes::{be16, be32, be64, u64_of, us};
+use super::bytes::{be64, u64_of, us};
 use super::extensions::{Bitmaps, Extensions};
 use super::header::{self, Header};
 use super::refcount::Width;
+use super::snapshot::{Table, scan_table};
 use block::check::{Fix, Found};
 use block::{Errno, IoResult, Node, WriteFlags};
 use buf::IoBuf;
@@ -37,18 +40,7 @@ pub struct Image {
     bitmaps: Option<Bitmaps>,
     reftable: Vec<u64>,
     l1: Vec<u64>,
-    snapshots: Vec<SnapshotL1>,
-    /// Bytes of the table of snapshots.
-    snapshots_len: u64,
-}
-
-/// Where a snapshot has its L1 table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct SnapshotL1 {
-    /// In bytes.
-    pub at: u64,
-    /// Its length.
-    pub entries: u64,
+    snapshots: Table,
 }
 
 /// Checks the image in `file`, which nobody else uses.
@@ -56,13 +48,13 @@ pub(super) struct SnapshotL1 {
 /// # Errors
 /// It is not an image, or so damaged that it cannot be walked; a write failed. What was repaired before stays repaired.
 pub async fn check(file: Arc<Node>, fix: Fix) -> Result<Found> {
-    let mut image = Image::read(file).await?;
+    let mut image = Image::read(file, fix == Fix::All).await?;
     let failed = |errno: Errno| Error::io("The check was broken off", errno.into());
     let mut found = image.check(fix).await.map_err(failed)?;
     if found.corruptions_fixed > 0 || found.leaks_fixed > 0 {
         // What a repair says is not believed: everything is looked at again.
         let fixed = found;
-        let mut image = Image::read(image.file).await?;
+        let mut image = Image::read(image.file, false).await?;
         found = image.check(Fix::Nothing).await.map_err(failed)?;
         found.corruptions_fixed = fixed.corruptions_fixed;
         found.leaks_fixed = fixed.leaks_fixed;
@@ -74,7 +66,8 @@ pub async fn check(file: Arc<Node>, fix: Fix) -> Result<Found> {
 }
 
 impl Image {
-    async fn read(file: Arc<Node>) -> Result<Self> {
+    /// Reads what everything starts from; of the table of snapshots what can be used of it if it is to be mended.
+    async fn read(file: Arc<Node>, mend: bool) -> Result<Self> {
         let failed = |what: &'static str| move |errno: Errno| Error::io(what, errno.into());
         let head = read(&file, 0, 512.min(file.size())).await.map_err(failed("Could not read qcow2 header"))?;
         let header = Header::parse(&head)?;
@@ -102,9 +95,9 @@ impl Image {
         let l1 = table(l1.map_err(failed("Could not read L1 table"))?);
         let reftable = read(&file, header.reftable_at, header.reftable_bytes()).await;
         let reftable = table(reftable.map_err(failed("Could not read reference count table"))?);
-        let (snapshots, snapshots_len) = snapshots(&file, &header).await?;
+        let snapshots = scan_table(&file, &header, mend).await?;
         let bitmaps = extensions.bitmaps.filter(|_| header.autoclear & header::BITMAPS != 0);
-        Ok(Self { file, header, bitmaps, reftable, l1, snapshots, snapshots_len })
+        Ok(Self { file, header, bitmaps, reftable, l1, snapshots })
     }
 
     fn cluster(&self) -> u64 {
@@ -138,6 +131,13 @@ impl Image {
             self.compare(&mut walked, fix).await?;
         }
         self.check_copied(&mut walked.found, fix).await?;
+        let flaws = self.snapshots.flaws.total();
+        if fix == Fix::All && flaws > 0 && walked.found.corruptions == 0 {
+            self.write_snapshots().await?;
+            walked.found.corruptions_fixed += flaws;
+        } else {
+            walked.found.corruptions += flaws;
+        }
         if fix != Fix::Nothing {
             self.file.flush().await?;
             if walked.found.check_errors == 0 && walked.found.corruptions == 0 {
@@ -161,26 +161,6 @@ impl Image {
         write(&self.file, 0, &self.header.encode()).await?;
         self.file.flush().await
     }
-}
-
-/// Where the snapshots have their L1 tables, and the length of the table that says so.
-pub(super) async fn snapshots(file: &Arc<Node>, header: &Header) -> Result<(Vec<SnapshotL1>, u64)> {
-    let failed = |errno: Errno| Error::io("Could not read snapshots", errno.into());
-    let mut at = header.snapshots_at;
-    let mut found = Vec::new();
-    for _ in 0..header.snapshots {
-        at = at.next_multiple_of(8);
-        if at >= file.size() || at - header.snapshots_at > super::snapshot::MAX_TABLE {
-            return Err(Error::generic("Could not read snapshots: the table lies beyond the end of the image"));
-        }
-        let fixed = read(file, at, super::snapshot::FIXED).await.map_err(failed)?;
-        found.push(SnapshotL1 { at: be64(&fixed, 0), entries: be32(&fixed, 8).into() });
-        at += super::snapshot::FIXED
-            + u64::from(be32(&fixed, 36))
-            + u64::from(be16(&fixed, 12))
-            + u64::from(be16(&fixed, 14));
-    }
-    Ok((found, if header.snapshots == 0 { 0 } else { at - header.snapshots_at }))
 }
 
 async fn read(file: &Arc<Node>, at: u64, len: u64) -> IoResult<Vec<u8>> {

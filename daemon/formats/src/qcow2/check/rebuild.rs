@@ -2,10 +2,11 @@
 
 use super::super::bytes::us;
 use super::super::header::MAX_REFTABLE_BYTES;
+use super::counts::Counts;
 use super::walk::Walked;
 use super::{Image, write};
 use block::{Errno, IoResult};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 impl Image {
@@ -54,7 +55,7 @@ impl Image {
                 return Ok((blocks, table));
             }
             for index in missing {
-                from = counts.free_run(from, 1);
+                from = unnamed_run(counts, &walked.dangling, from, 1);
                 counts.set(from, 1)?;
                 blocks.insert(index, from);
             }
@@ -62,12 +63,24 @@ impl Image {
                 for cluster in table {
                     counts.set(cluster, 0)?;
                 }
-                let start = counts.free_run(1, clusters);
+                let start = unnamed_run(counts, &walked.dangling, 1, clusters);
                 table = start..start + clusters;
                 for cluster in table.clone() {
                     counts.set(cluster, 1)?;
                 }
             }
+        }
+    }
+}
+
+/// The first cluster from `from` on that begins `count` of them that nothing names, not even by mistake.
+fn unnamed_run(counts: &Counts, dangling: &BTreeSet<u64>, from: u64, count: u64) -> u64 {
+    let mut start = from;
+    loop {
+        start = counts.free_run(start, count);
+        match dangling.range(start..start + count).next_back() {
+            Some(named) => start = named + 1,
+            None => return start,
         }
     }
 }

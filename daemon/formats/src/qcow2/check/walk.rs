@@ -11,7 +11,7 @@ use super::{Image, read, write};
 use block::check::{Fix, Found};
 use block::driver::Prealloc;
 use block::{Errno, IoResult};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Bits of L1 entries that are reserved.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -23,6 +23,8 @@ pub(super) const REFTABLE_RESERVED: u64 = 0x1ff;
 const MAX_TABLES: usize = 16 << 20;
 /// Most L2 tables that are not at a cluster's beginning: each of them may be read.
 const MAX_UNALIGNED: u64 = 1024;
+/// Most clusters that are remembered because damaged entries name them.
+const MAX_DANGLING: usize = 1 << 16;
 /// Most bytes of the L1 tables of all snapshots.
 const MAX_L1S: u64 = 1 << 30;
 
@@ -33,6 +35,8 @@ pub struct Walked {
     pub found: Found,
     /// The refcount structures cannot be mended in place.
     pub rebuild: bool,
+    /// Clusters behind the end of the file that damaged entries name: what is put there would be theirs too.
+    pub dangling: BTreeSet<u64>,
     /// L2 tables by their offsets, and how many L1 entries name them: the active table's, all.
     tables: BTreeMap<u64, (u64, u64)>,
     unaligned: u64,
@@ -48,7 +52,7 @@ impl Image {
         for (at, (active, all)) in std::mem::take(&mut walked.tables) {
             self.walk_l2(&mut walked, at, active, all, fix).await?;
         }
-        self.refer(&mut walked, self.header.snapshots_at, self.snapshots_len, 1)?;
+        self.refer(&mut walked, self.header.snapshots_at, self.snapshots.len, 1)?;
         self.refer(&mut walked, self.header.reftable_at, self.header.reftable_bytes(), 1)?;
         self.walk_bitmaps(&mut walked).await?;
         self.walk_blocks(&mut walked, fix).await?;
@@ -63,6 +67,9 @@ impl Image {
         // The last cluster of an image may be there in part only, but not less.
         if at.checked_add(len).is_none_or(|end| end >= self.file.size().saturating_add(self.cluster())) {
             walked.found.corruptions += times;
+            let clusters = at >> self.header.cluster_bits..=at.saturating_add(len - 1) >> self.header.cluster_bits;
+            let room = MAX_DANGLING.saturating_sub(walked.dangling.len());
+            walked.dangling.extend(clusters.take(room));
             return Ok(());
         }
         let bits = self.header.cluster_bits;
@@ -80,29 +87,30 @@ impl Image {
     async fn walk_l1s(&self, walked: &mut Walked) -> IoResult {
         self.refer(walked, self.header.l1_at, u64_of(self.l1.len()) * 8, 1)?;
         self.walk_l1(walked, &self.l1, true)?;
-        if self.header.has_data_file() && !self.snapshots.is_empty() {
+        if self.header.has_data_file() && !self.snapshots.list.is_empty() {
             walked.found.corruptions += 1;
         }
-        let mut snapshots = self.snapshots.clone();
-        snapshots.sort();
+        let mut tables: Vec<_> =
+            self.snapshots.list.iter().map(|snapshot| (snapshot.l1_at, u64::from(snapshot.l1_entries))).collect();
+        tables.sort_unstable();
         let mut total = 0;
         let mut last = (None, Vec::new());
-        for snapshot in snapshots {
-            if !snapshot.at.is_multiple_of(self.cluster()) || snapshot.entries * 8 > MAX_L1_BYTES {
+        for (at, entries) in tables {
+            if !at.is_multiple_of(self.cluster()) || entries * 8 > MAX_L1_BYTES {
                 walked.found.corruptions += 1;
                 continue;
             }
-            self.refer(walked, snapshot.at, snapshot.entries * 8, 1)?;
-            if snapshot.at >= self.file.size() {
+            self.refer(walked, at, entries * 8, 1)?;
+            if at >= self.file.size() {
                 continue;
             }
-            if last.0 != Some(snapshot) {
-                total += snapshot.entries * 8;
+            if last.0 != Some((at, entries)) {
+                total += entries * 8;
                 if total > MAX_L1S {
                     return Err(Errno::EFBIG);
                 }
-                let bytes = read(&self.file, snapshot.at, snapshot.entries * 8).await?;
-                last = (Some(snapshot), bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect());
+                let bytes = read(&self.file, at, entries * 8).await?;
+                last = (Some((at, entries)), bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect());
             }
             self.walk_l1(walked, &last.1, false)?;
         }
