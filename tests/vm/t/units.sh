@@ -16,6 +16,16 @@ s=/run/qemu-pr-helper.sock
 check "socket" systemctl start qemu-pr-helper.socket
 check "its owner and mode" test "$(stat -c %U:%G:%a $s)" = root:qemu-pr-helper:660
 check_rc 3 "nothing runs yet" systemctl is-active -q qemu-pr-helper.service
+echo "--- owner and mode by a drop-in"
+mkdir -p /etc/systemd/system/qemu-pr-helper.socket.d
+printf '[Socket]\nSocketUser=nobody\nSocketGroup=disk\nSocketMode=0640\n' >/etc/systemd/system/qemu-pr-helper.socket.d/own.conf
+systemctl daemon-reload
+check "another socket" systemctl restart qemu-pr-helper.socket
+check "owner and mode of the drop-in" test "$(stat -c %U:%G:%a $s)" = nobody:disk:640
+rm -r /etc/systemd/system/qemu-pr-helper.socket.d
+systemctl daemon-reload
+check "and back" systemctl restart qemu-pr-helper.socket
+
 c() { python3 /vm/lib/pr_client.py $s "$@"; }
 check_says 'status 0x0' "register: the first client starts it" c $a register 0 0xa
 check "it runs" systemctl is-active -q qemu-pr-helper.service
@@ -30,6 +40,11 @@ check_says 'status 0x0' "a member of the group may connect, with a descriptor of
     setpriv --reuid nobody --regid nogroup --init-groups sh -c "exec python3 /vm/lib/pr_client.py $s fd:5 keys" 5<>$a
 check_says "PermissionError" "others may not connect" setpriv --reuid daemon --regid daemon --clear-groups python3 /vm/lib/pr_client.py $s fd:5 keys 5<>$a
 check_says '"action":"register".*"status":"0x00"' "audit line in the journal" journalctl -q -u qemu-pr-helper -o cat
+
+echo "--- the socket outlives the helper"
+check "stop the helper alone" systemctl stop qemu-pr-helper.service
+check "its socket stays" test "$(stat -c %U:%G:%a $s)" = root:qemu-pr-helper:660
+check_says '^keys 0xa$' "the next client starts the next helper" c $a list
 
 echo "--- killed under its client"
 python3 - $s $a <<'P'
@@ -51,7 +66,7 @@ c = Client(sys.argv[1])
 print("ok   it connects again:", c.keys(fd) == [0xA], pid() != old)
 P
 echo "--- watchdog"
-old=$(pid); [ "$old" != 0 ] || finish
+old=$(pid); [ "$old" != 0 ] || die "it does not start"
 kill -STOP $old
 check_says '^keys 0xa$' "a stopped helper is replaced while a client waits" timeout 60 python3 /vm/lib/pr_client.py $s $a list
 check "by another process" test "$(pid)" != $old
@@ -66,6 +81,11 @@ check "restart" systemctl restart qemu-pr-helper.service
 check_says 'status 0x2 sense 5/20/02' "another unit: access denied" c $a keys
 as() { systemd-run -q --wait --pipe -u "$1" python3 /vm/lib/pr_client.py $s "${@:2}"; }
 check_says 'status 0x0' "the unit that the rule names" as good-one $a keys
+# As a user's own manager makes them, to which all names are free.
+as_user() { systemd-run -q --wait --pipe -u "other.service" -p Delegate=yes sh -c "
+    cg=/sys/fs/cgroup/system.slice/other.service; mkdir \$cg/good-one.service
+    echo \$\$ >\$cg/good-one.service/cgroup.procs; exec python3 /vm/lib/pr_client.py $s $a keys"; }
+check_says 'status 0x2 sense 5/20/02' "a cgroup of that name within another unit" as_user
 check_says 'status 0x2 sense 5/20/02' "another device" as good-two $b keys
 check_says 'status 0x2 sense 5/20/02' "an action that is denied" as good-three $a clear 0xa
 check_says '"unit":"good-three.service".*"denied":true' "audit line" journalctl -q -u qemu-pr-helper -o cat
