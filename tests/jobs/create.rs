@@ -210,6 +210,10 @@ fn a_node_in_use_is_refused() {
     let mut qmp = daemon.qmp();
     let options = json!({"driver": "qcow2", "file": "f", "size": MIB});
     assert_eq!(create(&mut qmp, &options), None);
+    let twice = json!({"driver": "qcow2", "file": "f", "data-file": "f", "size": MIB});
+    let text = create(&mut qmp, &twice).unwrap();
+    assert!(text.starts_with("Permission conflict on node 'f': "), "{text}");
+    assert_eq!(create(&mut qmp, &options), None);
     qmp.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "q", "file": "f"}));
     assert_eq!(
         create(&mut qmp, &options).unwrap(),

@@ -15,6 +15,7 @@ use block::{CreateContext, Disk, Errno, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::types::create::{BlockdevCreateOptionsQcow2, BlockdevQcow2Version, PreallocMode, Qcow2CompressionType};
 use qapi::{Error, Result};
+use std::sync::Arc;
 
 /// Bytes of tables that are written at once, at most.
 const PIECE: usize = 1 << 20;
@@ -45,7 +46,14 @@ pub async fn create(cx: &mut dyn CreateContext, options: &BlockdevCreateOptionsQ
         None => None,
     };
     if let Some(data) = &data {
-        let name = data.node().driver().filename();
+        let (node, name) = (data.node(), data.node().driver().filename());
+        // The guest's data would go over the metadata.
+        if Arc::ptr_eq(&node, &file.node()) || (!name.is_empty() && name == file.node().driver().filename()) {
+            let node = node.name();
+            return Err(Error::generic(format!(
+                "Permission conflict on node '{node}': it cannot be the file of an image and its data file at once"
+            )));
+        }
         if name.is_empty() {
             return Err(Error::generic(format!("The data file '{}' has no name to be found by", data.node().name())));
         }
