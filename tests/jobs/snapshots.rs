@@ -135,9 +135,9 @@ fn snapshots_through_what_stands_above_an_image() {
     let mut qmp = daemon.qmp();
     node(&daemon, &mut qmp, "a");
     qmp.ok("object-add", json!({"qom-type": "throttle-group", "id": "g"}));
-    qmp.ok("blockdev-add", json!({"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "a"}));
-    qmp.ok("blockdev-add", json!({"driver": "raw", "node-name": "r", "file": "t"}));
-    qmp.ok("blockdev-add", json!({"driver": "copy-on-read", "node-name": "top", "file": "r"}));
+    qmp.ok("blockdev-add", json!({"driver": "raw", "node-name": "r", "file": "a"}));
+    qmp.ok("blockdev-add", json!({"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "r"}));
+    qmp.ok("blockdev-add", json!({"driver": "copy-on-read", "node-name": "top", "file": "t"}));
     qmp.ok("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "top", "name": "disk", "writable": true}));
     let (mut client, _) = daemon.nbd().open("disk", Headers::Structured);
     for (round, name) in [(1, "s1"), (2, "s2")] {

@@ -10,8 +10,7 @@ use block::perm::Bits;
 use block::reopen::{NewOptions, Prepared, Reopen};
 use block::reservation::Reservations;
 use block::{
-    BlkdebugEvent, Driver, Edge, Errno, Facts, ImageDetails, IoResult, Mapping, OpenContext, Perms, Role, Span,
-    WriteFlags, ZeroFlags,
+    BlkdebugEvent, Driver, Edge, Errno, Facts, IoResult, Mapping, OpenContext, Perms, Role, Span, WriteFlags, ZeroFlags,
 };
 use buf::IoBuf;
 use qapi::types::block::{BlockdevDriverOptions, BlockdevOptionsRaw};
@@ -172,11 +171,6 @@ impl Driver for Raw {
 
     async fn allocated_size(&self) -> Option<u64> {
         self.file.node().driver().allocated_size().await
-    }
-
-    async fn image_info(&self) -> ImageDetails {
-        let below = self.file.node().driver().image_info().await;
-        ImageDetails { dirty: below.dirty, ..ImageDetails::default() }
     }
 
     async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
