@@ -111,6 +111,7 @@ impl Inflight {
     }
 
     /// A request is done and will be shown to the guest with the next batch.
+    #[inline]
     pub(crate) fn done(&mut self, entry: u16) {
         match &mut self.part {
             Part::Split(part) => part.done(entry),
@@ -120,6 +121,7 @@ impl Inflight {
     }
 
     /// The guest is about to be shown `batch`, after which the ring will be at `used`.
+    #[inline]
     pub(crate) fn publishing(&mut self, batch: &[u16], used: u16) {
         match &mut self.part {
             Part::Split(_) => {}
@@ -128,6 +130,7 @@ impl Inflight {
     }
 
     /// The guest was shown `batch`; the ring is at `used` now.
+    #[inline]
     pub(crate) fn published(&mut self, batch: &[u16], used: u16) {
         match &mut self.part {
             Part::Split(part) => part.published(batch, used),

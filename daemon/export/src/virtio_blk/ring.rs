@@ -141,12 +141,14 @@ impl Buffers {
         }
     }
 
+    #[inline]
     fn clear(&mut self) {
         self.to_device.clear();
         self.from_device.clear();
         self.descriptors.clear();
     }
 
+    #[inline]
     fn add(&mut self, one: &Descriptor) -> Result<(), Broken> {
         let len = usize::try_from(one.len).map_err(|_| Broken("a descriptor's length"))?;
         if len == 0 {
@@ -260,21 +262,25 @@ impl Ring {
     }
 
     /// The used index as the guest knows it, or the [`Position`].
+    #[inline]
     pub(crate) fn published(&self) -> u16 {
         of_either!(&self.layout, ring => ring.published())
     }
 
     /// What [`published`](Self::published) will be after [`publish`](Self::publish).
+    #[inline]
     pub(crate) fn to_be_published(&self) -> u16 {
         of_either!(&self.layout, ring => ring.to_be_published())
     }
 
     /// Whether the memory below was taken away.
+    #[inline]
     pub(crate) fn is_torn(&self) -> bool {
         of_either!(&self.layout, ring => ring.is_torn())
     }
 
     /// Whether there are requests that were not taken, for a look that changes nothing.
+    #[inline]
     pub(crate) fn peek_available(&self) -> bool {
         of_either!(&self.layout, ring => ring.peek_available())
     }
@@ -283,6 +289,7 @@ impl Ring {
     ///
     /// # Errors
     /// The ring is broken.
+    #[inline]
     pub(crate) fn pop(&mut self) -> Result<Option<Taken>, Broken> {
         Ok(match &mut self.layout {
             Layout::Split(ring) => ring.pop()?.map(Taken::Fresh),
@@ -294,6 +301,7 @@ impl Ring {
     ///
     /// # Errors
     /// The ring is broken.
+    #[inline]
     pub(crate) fn collect(&mut self, taken: &Taken) -> Result<Chain, Broken> {
         let buffers = &mut self.buffers;
         buffers.clear();
@@ -316,6 +324,7 @@ impl Ring {
     }
 
     /// Notes a request as done; the guest sees it at the next [`publish`](Self::publish).
+    #[inline]
     pub(crate) fn push(&mut self, chain: &Chain) {
         let written = u32::try_from(chain.writable).unwrap_or(u32::MAX);
         match &mut self.layout {
@@ -325,11 +334,13 @@ impl Ring {
     }
 
     /// Requests that are noted as done and not published.
+    #[inline]
     pub(crate) fn unpublished(&self) -> u16 {
         of_either!(&self.layout, ring => ring.unpublished())
     }
 
     /// Shows the guest what was done. Says whether it wants an interrupt for that.
+    #[inline]
     pub(crate) fn publish(&mut self) -> bool {
         of_either!(&mut self.layout, ring => ring.publish())
     }
@@ -341,16 +352,19 @@ impl Ring {
     }
 
     /// Asks the guest for kicks. To be followed by another [`peek_available`](Self::peek_available).
+    #[inline]
     pub(crate) fn listen(&mut self) {
         of_either!(&mut self.layout, ring => ring.listen());
     }
 
     /// Wants no kicks for now.
+    #[inline]
     pub(crate) fn mute(&mut self) {
         of_either!(&mut self.layout, ring => ring.mute());
     }
 
     /// Whether the guest was asked for kicks.
+    #[inline]
     pub(crate) fn is_listening(&self) -> bool {
         of_either!(&self.layout, ring => ring.is_listening())
     }

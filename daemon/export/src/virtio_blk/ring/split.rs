@@ -80,14 +80,17 @@ impl Split {
         u32::from(self.next_available)
     }
 
+    #[inline]
     pub(super) fn published(&self) -> u16 {
         self.published
     }
 
+    #[inline]
     pub(super) fn to_be_published(&self) -> u16 {
         self.next_used
     }
 
+    #[inline]
     pub(super) fn is_torn(&self) -> bool {
         self.descriptors.is_torn() || self.available.is_torn() || self.used.is_torn()
     }
@@ -103,11 +106,13 @@ impl Split {
         Ok(self.seen_available != self.next_available)
     }
 
+    #[inline]
     pub(super) fn peek_available(&self) -> bool {
         self.available.load_u16(2) != self.next_available
     }
 
     /// Takes the number of the next request's first descriptor.
+    #[inline]
     pub(super) fn pop(&mut self) -> Result<Option<u16>, Broken> {
         if !self.has_available()? {
             return Ok(None);
@@ -118,6 +123,7 @@ impl Split {
         Ok(Some(head))
     }
 
+    #[inline]
     pub(super) fn collect(&self, head: u16, buffers: &mut Buffers) -> Result<(), Broken> {
         let mut at = head;
         // Each entry of the ring at most once: whoever comes to more goes in a circle.
@@ -143,6 +149,7 @@ impl Split {
         Err(Broken::CIRCLE)
     }
 
+    #[inline]
     pub(super) fn push(&mut self, head: u16, written: u32) {
         let slot = usize::from(self.next_used & (self.size - 1));
         let at = RING_HEAD + USED_ELEMENT * slot;
@@ -151,10 +158,12 @@ impl Split {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
+    #[inline]
     pub(super) fn unpublished(&self) -> u16 {
         self.next_used.wrapping_sub(self.published)
     }
 
+    #[inline]
     pub(super) fn publish(&mut self) -> bool {
         let new = self.next_used;
         if self.published == new {
@@ -182,6 +191,7 @@ impl Split {
         each(self.available_event(), 2);
     }
 
+    #[inline]
     pub(super) fn listen(&mut self) {
         self.listening = true;
         if self.features.event_idx {
@@ -193,6 +203,7 @@ impl Split {
         fence(Ordering::SeqCst);
     }
 
+    #[inline]
     pub(super) fn mute(&mut self) {
         if std::mem::take(&mut self.listening) && !self.features.event_idx {
             self.used.store_u16(0, NO_NOTIFY);
@@ -200,6 +211,7 @@ impl Split {
         // With event indices there is nothing to do: the guest has passed the one that was asked for.
     }
 
+    #[inline]
     pub(super) fn is_listening(&self) -> bool {
         self.listening
     }
