@@ -22,8 +22,10 @@ pub mod vhost_user_blk;
 pub mod virtio_blk;
 
 use block::driver::LocalFuture;
+use block::perm::Bits;
 use block::{Disk, IoResult, Perms};
 use io::IoThread;
+use lifetime::Lifetime;
 use qapi::Result;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -71,11 +73,20 @@ impl ExportParams {
     }
 }
 
+/// What the disk of an export needs and shares, unless its kind needs more. Everything is shared: several exports and jobs may
+/// use one node, and it may be resized under its clients.
+pub fn permissions(writable: bool) -> Perms {
+    let need = if writable { Bits::CONSISTENT_READ | Bits::WRITE } else { Bits::CONSISTENT_READ };
+    Perms { need, shared: Bits::ALL }
+}
+
 /// One kind of export, with the options of one to be started. Runs on the control task, which awaits it: it must neither
 /// block nor wait for a client.
 pub trait ExportDriver {
     /// What the disk of the export needs and shares.
-    fn permissions(&self, writable: bool) -> Perms;
+    fn permissions(&self, writable: bool) -> Perms {
+        permissions(writable)
+    }
 
     /// Whether a client stays when this process dies, and goes on with the next one as if nothing had happened, see
     /// [`Graph::outlive`](block::Graph::outlive).
@@ -110,10 +121,18 @@ pub trait Export: Send + Sync {
     }
     /// Clients that use it now; `block-export-del` in safe mode refuses unless there is none.
     fn clients(&self) -> usize;
+    /// Its end, and who is inside until then.
+    fn lifetime(&self) -> &Lifetime;
     /// Whether a shutdown was requested.
-    fn is_shutting_down(&self) -> bool;
+    fn is_shutting_down(&self) -> bool {
+        self.lifetime().is_ending()
+    }
     /// Takes no more clients and sends those that are there away. Requests that were started are completed and replied to.
-    fn request_shutdown(&self);
+    fn request_shutdown(&self) {
+        self.lifetime().end();
+    }
     /// Waits for a shutdown to be requested, by whomever, and then until no client is left and no request is in flight.
-    fn closed(&self) -> Closed;
+    fn closed(&self) -> Closed {
+        self.lifetime().ended()
+    }
 }

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 /// Whether the end was asked for, and how many are part of the export.
 #[derive(Debug)]
-pub(crate) struct Lifetime {
+pub struct Lifetime {
     ending: watch::Sender<bool>,
     inside: watch::Sender<usize>,
 }

@@ -12,7 +12,7 @@ use super::session::{self, End};
 use super::transport::{Rings, Transport};
 use super::wire::MAX_TRANSFER;
 use crate::lifetime::{Inside, Lifetime};
-use crate::{Closed, Export, ExportDriver, ExportParams};
+use crate::{Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
 use block::perm::Bits;
 use block::{Disk, Perms};
@@ -340,15 +340,7 @@ impl Export for FuseExport {
         0
     }
 
-    fn is_shutting_down(&self) -> bool {
-        self.lifetime.is_ending()
-    }
-
-    fn request_shutdown(&self) {
-        self.lifetime.end();
-    }
-
-    fn closed(&self) -> Closed {
-        self.lifetime.ended()
+    fn lifetime(&self) -> &Lifetime {
+        &self.lifetime
     }
 }

@@ -5,17 +5,16 @@ use super::negotiate::{BlockSizes, Offer};
 use super::server::NbdServer;
 use super::wire::MAX_PAYLOAD;
 use crate::lifetime::{Inside, Lifetime};
-use crate::{Closed, Export, ExportDriver, ExportParams};
+use crate::{Export, ExportDriver, ExportParams};
+use block::Disk;
 use block::driver::LocalFuture;
-use block::perm::Bits;
-use block::{Disk, Perms};
 use io::IoThread;
 use qapi::Result;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::OwnedSemaphorePermit;
 
-/// What an export is made from. The disk needs what [`NbdExport::permissions`] says.
+/// What an export is made from. The disk needs what [`crate::permissions`] says.
 #[derive(Debug)]
 pub struct NbdExportOptions {
     /// The id of the export, by which it is removed.
@@ -48,10 +47,6 @@ pub struct NbdDriver<'a> {
 }
 
 impl ExportDriver for NbdDriver<'_> {
-    fn permissions(&self, writable: bool) -> Perms {
-        NbdExport::permissions(writable)
-    }
-
     fn start<'a>(&'a self, params: ExportParams) -> LocalFuture<'a, Result<Arc<dyn Export>>> {
         let ExportParams { id, writable, disk, threads, .. } = params;
         Box::pin(async move {
@@ -80,13 +75,6 @@ pub struct NbdExport {
 }
 
 impl NbdExport {
-    /// What the disk of an export needs and shares. Everything is shared: several exports and jobs may use one node, and
-    /// it may be resized under its clients.
-    pub fn permissions(writable: bool) -> Perms {
-        let need = if writable { Bits::CONSISTENT_READ | Bits::WRITE } else { Bits::CONSISTENT_READ };
-        Perms { need, shared: Bits::ALL }
-    }
-
     pub(crate) fn new(options: NbdExportOptions) -> Self {
         Self { options, next: AtomicUsize::new(0), lifetime: Lifetime::new() }
     }
@@ -155,16 +143,8 @@ impl Export for NbdExport {
         self.lifetime.inside()
     }
 
-    fn is_shutting_down(&self) -> bool {
-        self.lifetime.is_ending()
-    }
-
-    fn request_shutdown(&self) {
-        self.lifetime.end();
-    }
-
-    fn closed(&self) -> Closed {
-        self.lifetime.ended()
+    fn lifetime(&self) -> &Lifetime {
+        &self.lifetime
     }
 }
 

@@ -11,10 +11,9 @@ use crate::virtio_blk::config::{CONFIG_LEN, Geometry};
 use crate::virtio_blk::options;
 use crate::virtio_blk::queue::Shared;
 use crate::virtio_blk::request::Limits;
-use crate::{Closed, Export, ExportDriver, ExportParams};
+use crate::{Export, ExportDriver, ExportParams};
+use block::Disk;
 use block::driver::LocalFuture;
-use block::perm::Bits;
-use block::{Disk, Perms};
 use io::{VduseControl, VduseDevice, VduseNew, vduse_is_attached};
 use qapi::types::export::BlockExportOptionsVduseBlk;
 use qapi::{Error, Result};
@@ -41,11 +40,6 @@ pub struct VduseBlkDriver<'a> {
 }
 
 impl ExportDriver for VduseBlkDriver<'_> {
-    fn permissions(&self, writable: bool) -> Perms {
-        let need = if writable { Bits::CONSISTENT_READ | Bits::WRITE } else { Bits::CONSISTENT_READ };
-        Perms { need, shared: Bits::ALL }
-    }
-
     /// The kernel keeps the device, and the requests in flight, for the next process.
     fn is_outlived(&self) -> bool {
         true
@@ -309,15 +303,7 @@ impl Export for VduseBlkExport {
         (*self.drivers.borrow()).max(usize::from(vduse_is_attached(&self.name)))
     }
 
-    fn is_shutting_down(&self) -> bool {
-        self.lifetime.is_ending()
-    }
-
-    fn request_shutdown(&self) {
-        self.lifetime.end();
-    }
-
-    fn closed(&self) -> Closed {
-        self.lifetime.ended()
+    fn lifetime(&self) -> &Lifetime {
+        &self.lifetime
     }
 }

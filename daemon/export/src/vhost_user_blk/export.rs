@@ -6,10 +6,9 @@ use crate::virtio_blk::config::Geometry;
 use crate::virtio_blk::options;
 use crate::virtio_blk::queue::Shared;
 use crate::virtio_blk::request::Limits;
-use crate::{Closed, Export, ExportDriver, ExportParams};
+use crate::{Export, ExportDriver, ExportParams};
+use block::Disk;
 use block::driver::LocalFuture;
-use block::perm::Bits;
-use block::{Disk, Perms};
 use io::{Listener, MessageSocket, socket};
 use qapi::types::export::BlockExportOptionsVhostUserBlk;
 use qapi::types::sockets::SocketAddressVariant;
@@ -32,11 +31,6 @@ pub struct VhostUserBlkDriver<'a> {
 }
 
 impl ExportDriver for VhostUserBlkDriver<'_> {
-    fn permissions(&self, writable: bool) -> Perms {
-        let need = if writable { Bits::CONSISTENT_READ | Bits::WRITE } else { Bits::CONSISTENT_READ };
-        Perms { need, shared: Bits::ALL }
-    }
-
     /// A front-end that keeps requests in flight for us connects again.
     fn is_outlived(&self) -> bool {
         true
@@ -160,15 +154,7 @@ impl Export for VhostUserBlkExport {
         usize::from(self.connected.load(Ordering::Relaxed))
     }
 
-    fn is_shutting_down(&self) -> bool {
-        self.lifetime.is_ending()
-    }
-
-    fn request_shutdown(&self) {
-        self.lifetime.end();
-    }
-
-    fn closed(&self) -> Closed {
-        self.lifetime.ended()
+    fn lifetime(&self) -> &Lifetime {
+        &self.lifetime
     }
 }

@@ -5,7 +5,7 @@ use block::disk::DiskOptions;
 use block::testing::{self, Memory, MemoryDriver};
 use block::{Driver, DynDriver, Facts, Graph, IoResult, Mapping, Node, NodeOptions, Span, WriteFlags};
 use buf::IoBuf;
-use export::nbd::{NbdExport, NbdExportOptions, NbdServer, NbdServerParams};
+use export::nbd::{NbdExportOptions, NbdServer, NbdServerParams};
 use io::{IoThread, Listener};
 use std::cell::RefCell;
 use std::io::{Read, Write};
@@ -114,7 +114,7 @@ impl Server {
             let options = NodeOptions { discard: true, ..NodeOptions::default() };
             let mut graph = inside.graph.lock().await;
             let node = graph.adopt(setup.name, driver.0, options).await.unwrap();
-            let perms = NbdExport::permissions(setup.writable);
+            let perms = export::permissions(setup.writable);
             let label = format!("block export '{}'", setup.name);
             let disk = graph.attach(&node, &DiskOptions { label, perms, writethrough: false }).await.unwrap();
             inside
