@@ -28,6 +28,16 @@ fn take_over(old: &Daemon, slow: bool) -> Daemon {
         .start()
 }
 
+/// The front-end of a queue and a region of requests in flight connects again.
+fn come_back(front: &mut FrontEnd, daemon: &Daemon) {
+    front.reconnect(&socket(daemon));
+    front.negotiate(u64::MAX, u64::MAX);
+    front.share_memory();
+    front.set_inflight();
+    // The front-end does not know how far the last daemon came; the region does.
+    front.start_queue(0, 0);
+}
+
 #[test]
 fn requests_in_flight_outlive_the_daemon() {
     [false, true].into_iter().for_each(outlive_the_daemon);
@@ -65,12 +75,7 @@ fn outlive_the_daemon(packed: bool) {
             assert!(image[at..at + RECORD] == record(slot as u64), "request {slot} was told to be done");
         }
         daemon = take_over(&owner, life < 3);
-        front.reconnect(&socket(&daemon));
-        front.negotiate(u64::MAX, u64::MAX);
-        front.share_memory();
-        front.set_inflight();
-        // The front-end does not know how far the last daemon came; the region does.
-        front.start_queue(0, 0);
+        come_back(&mut front, &daemon);
         front.kick(0);
     }
     while done.contains(&0) {
@@ -110,11 +115,7 @@ fn comes_back_to_the_same_daemon(packed: bool) {
             next += 1;
         }
         // It goes without waiting, and comes back.
-        front.reconnect(&socket(&daemon));
-        front.negotiate(u64::MAX, u64::MAX);
-        front.share_memory();
-        front.set_inflight();
-        front.start_queue(0, 0);
+        come_back(&mut front, &daemon);
         front.kick(0);
         let mut heads: Vec<u32> = (0..20).map(|_| front.wait_used(0).0).collect();
         heads.sort_unstable();
@@ -141,11 +142,7 @@ fn a_guest_that_wants_its_writes_through_has_them_so_after_a_restart() {
     front.write(0, &[1; 512]);
     daemon.crash();
     let daemon = take_over(&owner, false);
-    front.reconnect(&socket(&daemon));
-    front.negotiate(u64::MAX, u64::MAX);
-    front.share_memory();
-    front.set_inflight();
-    front.start_queue(0, 0);
+    come_back(&mut front, &daemon);
     assert_eq!(front.config(33)[32], 0);
     front.write(1, &[1; 512]);
 }

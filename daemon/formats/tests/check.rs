@@ -8,7 +8,7 @@ use block::Perms;
 use block::check::{Fix, Found};
 use block::disk::DiskOptions;
 use block::perm::Bits;
-use common::{attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
+use common::{Random, attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -76,17 +76,6 @@ fn content(dir: &Path, image: &str) -> Option<Vec<u8>> {
     let args = ["convert", "-f", "qcow2", "-O", "raw", image, "content"];
     let done = Command::new("qemu-img").args(args).current_dir(dir).output().unwrap();
     done.status.success().then(|| std::fs::read(out).unwrap())
-}
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap() % below
-    }
 }
 
 fn images(dir: &Path) -> Vec<&'static str> {

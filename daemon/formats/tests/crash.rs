@@ -9,7 +9,7 @@ use block::snapshot::SnapshotFacts;
 use block::testing::{CrashDriver, History};
 use block::{Disk, Graph, NodeOptions, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
-use common::{attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
+use common::{Random, attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
 use serde_json::json;
 use std::path::Path;
 use std::process::Command;
@@ -17,17 +17,6 @@ use std::sync::Arc;
 
 /// Bytes of the blocks whose content is tracked.
 const BLOCK: usize = 2048;
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap() % below
-    }
-}
 
 /// A change of a block: the byte that fills it, and when the change was asked for and acknowledged, in steps.
 struct Change {

@@ -5,21 +5,9 @@ mod common;
 
 use block::{Disk, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
-use common::{attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
+use common::{Random, attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
 use serde_json::json;
 use std::path::Path;
-
-/// A small generator with a seed: the same run each time.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap() % below
-    }
-}
 
 enum Change {
     Write(u8, bool),

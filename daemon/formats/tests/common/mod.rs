@@ -88,3 +88,16 @@ pub async fn attach(graph: &mut Graph, name: &str, write: bool) -> Disk {
 pub fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
+
+/// A small generator with a seed, which is not zero: the same run each time.
+pub struct Random(pub u64);
+
+impl Random {
+    /// A number below `below`.
+    pub fn next(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 16).unwrap() % below
+    }
+}
