@@ -1,5 +1,6 @@
 //! The control side: start-up, idle memory, QMP round trips, a thousand nodes.
 
+use std::io::{BufRead, BufReader};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -96,12 +97,17 @@ fn nodes_queried(program: Program, image: &Image) -> f64 {
     let daemon = program.serve(Backend::Null, image);
     let mut qmp = daemon.qmp();
     add_nodes(&mut qmp);
-    // The time to the first byte of the answer would leave out most of the work; the parser's time is the same for all.
     let start = Instant::now();
-    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
-    let time = milliseconds(start.elapsed());
-    assert!(nodes.as_array().is_some_and(|nodes| nodes.len() > NODES as usize));
-    time
+    query(&mut qmp);
+    milliseconds(start.elapsed())
+}
+
+/// Asks for all nodes and takes the answer, whose parsing is the client's work.
+fn query(qmp: &mut tests::qmp::Client) {
+    qmp.send(r#"{"execute": "query-named-block-nodes", "arguments": {"flat": true}}"#);
+    let mut answer = Vec::new();
+    BufReader::new(qmp.stream()).read_until(b'\n', &mut answer).expect("read from the monitor");
+    assert!(answer.starts_with(br#"{"return": ["#), "{}", String::from_utf8_lossy(&answer));
 }
 
 /// All nodes with other options than before.
@@ -130,6 +136,6 @@ fn nodes_reopened_at_once(program: Program, image: &Image) -> f64 {
     add_nodes(&mut qmp);
     let start = Instant::now();
     qmp.ok("blockdev-reopen", json!({"options": other_options()}));
-    qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    query(&mut qmp);
     milliseconds(start.elapsed())
 }

@@ -44,7 +44,7 @@ Usage: bench [options]
   --quick            one short round of each cell
   --rounds N         rounds of each cell (3)
   --seconds S        length of a round (1.0)
-  --only TEXT        cells whose name contains TEXT, and nothing else; for profiling, with a long round
+  --only TEXT        cells whose name contains TEXT, and nothing else; `control`: start-up, memory, QMP and nodes
   --programs A,B     of ours, ours-iothread, ref, ref-uring (all but ours-iothread)
   --size MIB         size of the image (512)
   --no-control       leave out start-up, memory, QMP and nodes
@@ -75,8 +75,9 @@ fn options() -> Options {
             "--rounds" => options.rounds = value().parse().expect("a number of rounds"),
             "--seconds" => options.time = Duration::from_secs_f64(value().parse().expect("a number of seconds")),
             "--only" => {
-                options.only = Some(value());
-                options.control = false;
+                let text = value();
+                options.control = text == "control";
+                options.only = Some(text);
             }
             "--no-filters" => options.filters = false,
             "--programs" => options.programs = value().split(',').map(Program::named).collect(),
