@@ -54,6 +54,9 @@ pub const FUSE_HEADER: usize = 40;
 /// Entries of one queue, at most and at least; between them as many as make [`ALL_ENTRIES`] together.
 const QUEUE_ENTRIES: (usize, usize) = (32, 4);
 const ALL_ENTRIES: usize = 128;
+/// The memory of all entries of a mount, in bytes, at most. It is taken when a request first needs it, and kept: in the long run a
+/// client that moves about has it all. With fewer entries for a queue than the least, a client that does not move about waits for them.
+const ALL_BYTES: usize = 256 << 20;
 /// IORING_ENTER_GETEVENTS: run deferred work.
 const GETEVENTS: u32 = 1;
 
@@ -143,16 +146,28 @@ fn possible_processors() -> io::Result<u16> {
     last.checked_add(1).ok_or_else(unknown)
 }
 
+/// How many entries each of `queues` queues gets, with `payload` bytes each.
+fn entries_per_queue(queues: usize, payload: usize) -> io::Result<usize> {
+    let (most, least) = QUEUE_ENTRIES;
+    let entries = (ALL_ENTRIES / queues.max(1)).clamp(least, most);
+    if queues.saturating_mul(entries).saturating_mul(payload) > ALL_BYTES {
+        let text = format!("queues for {queues} processors would take more than {} MiB of memory", ALL_BYTES >> 20);
+        return Err(io::Error::new(io::ErrorKind::OutOfMemory, text));
+    }
+    Ok(entries)
+}
+
 impl FuseRing {
     /// Makes rings for the mount of `device`, for up to `threads` threads: one for each, but no more than there are queues. A
     /// request has at most `payload` bytes besides its headers, which must be no less than what was agreed on with the kernel.
     ///
     /// # Errors
-    /// The kernel has no io_uring, or not for this process; there is no memory.
+    /// The kernel has no io_uring, or not for this process; there is no memory, or the system may have so many processors that their
+    /// queues would take too much of it.
     pub async fn for_threads(device: Arc<OwnedFd>, threads: usize, payload: usize) -> io::Result<Vec<Self>> {
         let processors = pool::blocking(possible_processors).await??;
         let all = usize::from(processors);
-        let per_queue = (ALL_ENTRIES / all.max(1)).clamp(QUEUE_ENTRIES.1, QUEUE_ENTRIES.0);
+        let per_queue = entries_per_queue(all, payload)?;
         let rings = threads.clamp(1, all.max(1));
         let make = move || {
             (0..rings)
@@ -469,5 +484,25 @@ impl Inner {
         entry.commit_id = u64::from_ne_bytes(commit_id);
         let payload_len = usize::try_from(u32::from_ne_bytes(len)).unwrap_or(usize::MAX).min(entry.payload.len());
         Some(Fetched { entry: index, header, fixed, payload_len, payload: entry.payload.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_bounded_however_many_processors_there_are() {
+        const PAYLOAD: usize = 1 << 20;
+        for (queues, entries) in [(1, 32), (2, 32), (4, 32), (8, 16), (32, 4), (64, 4)] {
+            assert_eq!(entries_per_queue(queues, PAYLOAD).unwrap(), entries, "{queues} processors");
+        }
+        let refused = entries_per_queue(65, PAYLOAD).unwrap_err();
+        assert_eq!(refused.to_string(), "queues for 65 processors would take more than 256 MiB of memory");
+        for queues in 0..=usize::from(u16::MAX) {
+            let entries = entries_per_queue(queues, PAYLOAD).unwrap_or(0);
+            assert!(queues * entries * PAYLOAD <= ALL_BYTES, "{queues} processors");
+        }
+        assert_eq!(entries_per_queue(256, PAYLOAD / 4).unwrap(), 4, "smaller entries, more of them");
     }
 }
