@@ -5,6 +5,7 @@
 //! and nothing else of the caller is left to that program but one end of a socket pair.
 
 use nix::errno::Errno;
+use rustix::fs::{AtFlags, StatxFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use std::ffi::CString;
 use std::fs::OpenOptions;
@@ -45,11 +46,34 @@ pub fn mount(mountpoint: &Path, options: &str) -> io::Result<OwnedFd> {
     }
 }
 
-/// Takes the last mount off `mountpoint`. Files that are open stay so until their users close them.
+/// One file system, as long as it is there: the number that stat(2) shows as the device of its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSystem {
+    major: u32,
+    minor: u32,
+}
+
+impl FileSystem {
+    /// The one that `path` leads to, not through a link. Whoever serves it is not asked.
+    ///
+    /// # Errors
+    /// There is no such path, or nobody may look.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+        let found = rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::empty())?;
+        Ok(Self { major: found.stx_dev_major, minor: found.stx_dev_minor })
+    }
+}
+
+/// Takes the last mount off `mountpoint`, if it is one of `what`: who has unmounted that may have put something else there. Files
+/// that are open stay so until their users close them.
 ///
 /// # Errors
-/// There is no mount, or neither the caller nor the helper may take it away.
-pub fn unmount(mountpoint: &Path) -> io::Result<()> {
+/// There is no such mount, or neither the caller nor the helper may take it away.
+pub fn unmount(mountpoint: &Path, what: FileSystem) -> io::Result<()> {
+    if FileSystem::at(mountpoint)? != what {
+        return Err(io::Error::other("it is not mounted there any more, or something else is, over it"));
+    }
     let path = c_string(mountpoint.as_os_str().as_bytes())?;
     // SAFETY: the path is a string that ends with a zero and lives until the call returns.
     let result = unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) };
@@ -162,7 +186,10 @@ mod tests {
         let file = dir.path().join("f");
         assert!(mount(&file, "ro").is_err());
         std::fs::write(&file, "x").unwrap();
-        assert!(unmount(&file).is_err());
+        let below = FileSystem::at(&file).unwrap();
+        assert!(unmount(&file, below).is_err());
+        let other = FileSystem::at(Path::new("/proc")).unwrap();
+        assert!(unmount(&file, other).unwrap_err().to_string().contains("not mounted there any more"));
         assert!(mount(&file, "ro,a\0b").is_err());
     }
 

@@ -10,7 +10,7 @@
 //! A request is one message on a socket that keeps messages apart: a letter, the path, for `m` a zero byte and the options.
 //! The answer is an errno, or zero, and words for the user; with it comes the device.
 
-use crate::fuse_mount;
+use crate::fuse_mount::{self, FileSystem};
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -63,23 +63,28 @@ pub fn start(places: Option<Vec<PathBuf>>) -> io::Result<()> {
     }
 }
 
-/// Mounts as [`fuse_mount::mount`] does, by the process if there is one. The path is absolute.
+/// Mounts as [`fuse_mount::mount`] does, by the process if there is one, and says what file system it is. The path is absolute.
 ///
 /// # Errors
 /// Those of [`fuse_mount::mount`]; the process has ended.
-pub fn mount(mountpoint: &Path, options: &str) -> io::Result<OwnedFd> {
-    let Some(process) = PROCESS.get() else { return fuse_mount::mount(mountpoint, options) };
-    let request = [b"m", mountpoint.as_os_str().as_bytes(), b"\0", options.as_bytes()].concat();
-    let device = ask(process, &request)?;
-    device.ok_or_else(|| io::Error::other("the process that mounts sent no device"))
+pub fn mount(mountpoint: &Path, options: &str) -> io::Result<(OwnedFd, FileSystem)> {
+    let device = match PROCESS.get() {
+        None => fuse_mount::mount(mountpoint, options)?,
+        Some(process) => {
+            let request = [b"m", mountpoint.as_os_str().as_bytes(), b"\0", options.as_bytes()].concat();
+            ask(process, &request)?.ok_or_else(|| io::Error::other("the process that mounts sent no device"))?
+        }
+    };
+    Ok((device, FileSystem::at(mountpoint)?))
 }
 
 /// Unmounts as [`fuse_mount::unmount`] does, by the process if there is one.
 ///
 /// # Errors
 /// Those of [`fuse_mount::unmount`]; the process has ended.
-pub fn unmount(mountpoint: &Path) -> io::Result<()> {
-    let Some(process) = PROCESS.get() else { return fuse_mount::unmount(mountpoint) };
+pub fn unmount(mountpoint: &Path, what: FileSystem) -> io::Result<()> {
+    // That process knows by itself what it mounted.
+    let Some(process) = PROCESS.get() else { return fuse_mount::unmount(mountpoint, what) };
     ask(process, &[b"u", mountpoint.as_os_str().as_bytes()].concat()).map(drop)
 }
 
@@ -176,7 +181,11 @@ fn serve(socket: &OwnedFd, places: Option<&[PathBuf]>) -> i32 {
 }
 
 /// `mounted` is what was mounted here and not unmounted: nothing else is unmounted.
-fn carry_out(request: &[u8], places: Option<&[PathBuf]>, mounted: &mut Vec<PathBuf>) -> io::Result<Option<OwnedFd>> {
+fn carry_out(
+    request: &[u8],
+    places: Option<&[PathBuf]>,
+    mounted: &mut Vec<(PathBuf, FileSystem)>,
+) -> io::Result<Option<OwnedFd>> {
     let (path, options) = match request {
         [b'u', path @ ..] => (path, None),
         [b'm', rest @ ..] => {
@@ -193,9 +202,10 @@ fn carry_out(request: &[u8], places: Option<&[PathBuf]>, mounted: &mut Vec<PathB
     }
     match options {
         None => {
-            let index = mounted.iter().rposition(|place| place == path).ok_or(Errno::EINVAL)?;
-            fuse_mount::unmount(path)?;
-            mounted.remove(index);
+            let index = mounted.iter().rposition(|(place, _)| place == path).ok_or(Errno::EINVAL)?;
+            // Asked for once, whatever comes of it.
+            let (_, what) = mounted.remove(index);
+            fuse_mount::unmount(path, what)?;
             Ok(None)
         }
         // No set-user-id program and no device file comes from an image.
@@ -205,7 +215,7 @@ fn carry_out(request: &[u8], places: Option<&[PathBuf]>, mounted: &mut Vec<PathB
                 return Err(io::Error::other(format!("{} is not a regular file", path.display())));
             }
             let device = fuse_mount::mount(path, &format!("{options},nosuid,nodev"))?;
-            mounted.push(path.to_owned());
+            mounted.push((path.to_owned(), FileSystem::at(path)?));
             Ok(Some(device))
         }
         Some(_) => Err(Errno::EPERM.into()),

@@ -16,6 +16,7 @@ use crate::{Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
 use block::perm::Bits;
 use block::{Disk, Perms};
+use io::fuse_mount::FileSystem;
 use io::{FuseDevice, IoThread};
 use nix::unistd::{Gid, Uid};
 use qapi::{Error, Result};
@@ -66,8 +67,8 @@ impl ExportDriver for FuseDriver {
 /// A mounted device.
 struct Mounted {
     device: OwnedFd,
-    /// Where it is to be unmounted in the end, none if that is somebody else's affair.
-    place: Option<Place>,
+    /// What is to be unmounted in the end and where, none if that is somebody else's affair.
+    place: Option<(Place, FileSystem)>,
     /// Others than the daemon's user can reach it.
     shared: bool,
 }
@@ -125,7 +126,7 @@ impl FuseDriver {
             let (path, options) = (path.clone(), mount_options(writable, shared));
             let mounted = io::blocking(move || io::mounter::mount(&path, &options)).await;
             match mounted.and_then(std::convert::identity) {
-                Ok(device) => return Ok(Mounted { device, place: Some(place), shared }),
+                Ok((device, what)) => return Ok(Mounted { device, place: Some((place, what)), shared }),
                 Err(error) => last = Some(error),
             }
         }
@@ -279,7 +280,7 @@ impl FuseExport {
 struct Ending {
     /// Another descriptor of the first thread's device.
     device: OwnedFd,
-    place: Option<Place>,
+    place: Option<(Place, FileSystem)>,
     stop: watch::Sender<bool>,
     /// The length of the disk has changed.
     look: watch::Receiver<()>,
@@ -302,9 +303,9 @@ impl Ending {
             }
         }
         let unmounted = *self.ended.borrow() == End::Unmounted;
-        if let Some(place) = self.place.as_ref().filter(|_| !unmounted) {
-            let path = place.path().to_owned();
-            let done = io::blocking(move || io::mounter::unmount(&path)).await;
+        if let Some((place, what)) = self.place.as_ref().filter(|_| !unmounted) {
+            let (path, what) = (place.path().to_owned(), *what);
+            let done = io::blocking(move || io::mounter::unmount(&path, what)).await;
             if let Err(error) = done.and_then(std::convert::identity) {
                 tracing::warn!(target: "fuse_error", path = %place.path().display(), %error, "cannot unmount a FUSE export");
             }
