@@ -1,6 +1,7 @@
 //! QCOW2 images in the daemon, as its clients see them [drop-in A.7, A.8].
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a test")]
 
+mod bounds;
 mod damage;
 mod full;
 mod info;

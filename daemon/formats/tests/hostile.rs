@@ -143,3 +143,32 @@ fn a_damaged_image_gets_no_more_metadata() {
         local.run_until(work).await;
     });
 }
+
+/// An L1 entry that says that its table is nobody else's, and has none.
+#[test]
+fn a_table_that_is_its_own_and_not_there() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = folder();
+    create(dir.path(), "-o cluster_size=4k image 1M");
+    let mut image = std::fs::read(dir.path().join("image")).unwrap();
+    let l1 = usize::try_from(u64::from_be_bytes(image[40..48].try_into().unwrap())).unwrap();
+    image[l1] = 0x80;
+    on_thread(move || async move {
+        let mut graph = graph();
+        let (driver, history) = CrashDriver::open(image);
+        graph.adopt("medium", driver, NodeOptions::default()).await.unwrap();
+        graph.add(&options(&json!({ "driver": "qcow2", "node-name": "q", "file": "medium" }))).await.unwrap();
+        let disk = attach(&mut graph, "q", true).await;
+        let buf = IoBuf::alloc(8192);
+        buf.fill(7);
+        disk.write(0, &buf, WriteFlags::NONE).await.unwrap();
+        disk.zero(Span::new(0, 4096), ZeroFlags::default()).await.unwrap();
+        disk.read(0, &buf).await.unwrap();
+        assert!(buf.to_vec().iter().enumerate().all(|(i, byte)| *byte == if i < 4096 { 0 } else { 7 }));
+        graph.detach(disk).await;
+        graph.close_all().await;
+        assert!(!history.steps().is_empty());
+    });
+}

@@ -6,6 +6,7 @@ use block::check::Fix;
 use block::disk::DiskOptions;
 use block::driver::Prealloc;
 use block::perm::Bits;
+use block::snapshot::SnapshotFacts;
 use block::{
     Driver, Errno, Facts, Graph, IoResult, Mapping, NodeOptions, Perms, Span, WriteFlags, ZeroFlags,
 };
@@ -102,6 +103,9 @@ async fn work(image: &[u8]) {
         let _ = node.driver().image_info().await;
         let need = Bits::CONSISTENT_READ | if read_only { Bits::NONE } else { Bits::WRITE };
         if let Ok(disk) = graph.attach(&node, &perms(need)).await {
+            if choice % 7 == 0 {
+                graph.outlive(&disk);
+            }
             let size = disk.size().min(1 << 20);
             let step = (size / 12).max(512) / 512 * 512;
             for at in (0..size).step_by(step as usize) {
@@ -121,6 +125,16 @@ async fn work(image: &[u8]) {
         }
         if let Some(check) = node.driver().check_control() {
             let _ = check.check(if read_only { Fix::Nothing } else { Fix::All }).await;
+        }
+        if !read_only && let Some(snapshots) = node.driver().snapshots() {
+            for snapshot in snapshots.list().await.unwrap_or_default() {
+                let _ = snapshots.delete(&snapshot.id).await;
+            }
+            for id in ["a", "b"] {
+                let facts = SnapshotFacts { id: id.to_owned(), name: id.to_owned(), ..SnapshotFacts::default() };
+                let _ = snapshots.create(&facts).await;
+            }
+            let _ = snapshots.delete("a").await;
         }
         if !read_only {
             let _ = graph.resize(&node, node.size() / 2 / 512 * 512).await;

@@ -35,6 +35,9 @@ pub(super) struct Sector {
     bytes: Vec<u8>,
 }
 
+/// Most runs of unlinked clusters that wait while one request goes on: 32 MiB.
+const MAX_UNLINKED: usize = 1 << 20;
+
 /// Writes that are in flight at a time.
 const AT_ONCE: usize = 16;
 
@@ -100,6 +103,11 @@ impl Qcow2 {
         self.write_blocks(&blocks).await?;
         self.blocks_written(&blocks);
         Ok(())
+    }
+
+    /// Whether a request that goes on for long has to see to [`Qcow2::make_room`] meanwhile.
+    pub(super) fn is_overdue(&self) -> bool {
+        self.l2.is_full() || self.refs.blocks.is_full() || lock(&self.unlinked).len() > MAX_UNLINKED
     }
 
     async fn write_in_order(&self, turn: &mut Turn) -> IoResult {

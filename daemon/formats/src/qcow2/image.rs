@@ -320,9 +320,10 @@ impl Qcow2 {
         self.backing.load().as_ref().is_none_or(|backing| range.start >= backing.size())
     }
 
-    /// Bit 63 of the L1 entry: the table may be changed in place.
+    /// Whether there is a table that may be changed in place: bit 63 of the L1 entry, which says nothing where there is none.
     pub(super) fn is_own_table(&self, at: u64) -> bool {
-        self.l1_entry(at) & COPIED != 0
+        let entry = self.l1_entry(at);
+        entry & COPIED != 0 && entry & OFFSET != 0
     }
 
     /// Bytes of the guest's disk.

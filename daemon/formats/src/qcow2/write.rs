@@ -161,10 +161,10 @@ impl Qcow2 {
         }
         let index = at / self.l2_reach();
         let _held = self.tables.reserve(Span::new(index, 1), true).await;
-        let old = self.l1_entry(at);
-        if old & COPIED != 0 {
+        if self.is_own_table(at) {
             return Ok(());
         }
+        let old = self.l1_entry(at);
         let cluster = self.shape.cluster();
         let content = if old & OFFSET == 0 {
             IoBuf::zeroed(us(cluster))

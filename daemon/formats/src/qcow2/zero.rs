@@ -82,6 +82,10 @@ impl Qcow2 {
             }
             drop(held);
             at = end;
+            // Memory must not grow with the length of a disk that is cut off.
+            if self.is_overdue() {
+                self.make_room().await?;
+            }
         }
         self.make_room().await
     }

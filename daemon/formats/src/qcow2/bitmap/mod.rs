@@ -25,8 +25,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub const MAX_DIRECTORY: u64 = 64 << 20;
 /// Most bitmaps; the reference's limit.
 const MAX_BITMAPS: u32 = 65535;
-/// Most entries of the table of a bitmap; the reference's limit.
-const MAX_TABLE: u32 = 0x800_0000;
 /// Most bytes of the data of a bitmap; the reference's limit.
 const MAX_DATA: u64 = 512 << 20;
 /// Bytes of the fixed part of an entry.
@@ -206,7 +204,8 @@ fn parse(directory: &[u8], at: usize, base: u64) -> Option<(Bitmap, usize)> {
 impl Bitmap {
     fn check(&self, header: &Header) -> Result<()> {
         let aligned = self.table_at != 0 && self.table_at.is_multiple_of(header.cluster_size());
-        if !aligned || self.table_len == 0 || self.table_len > MAX_TABLE || self.name.len() > 1023 {
+        let data = u64::from(self.table_len) << header.cluster_bits;
+        if !aligned || self.table_len == 0 || data > MAX_DATA || self.name.len() > 1023 {
             return Err(Error::generic(format!("Bitmap '{}' doesn't satisfy the constraints", self.name)));
         }
         Ok(())

@@ -18,6 +18,9 @@ use qapi::{Error, Result};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+/// Most entries of the tables of all bitmaps: 1000 bitmaps of a disk of 64 TiB, with the usual granularity. What becomes of them is
+/// in memory at the same time.
+const MAX_ENTRIES: u64 = 4 << 20;
 /// An entry of a table of which all bits are set, and which has no cluster.
 const ALL_SET: u64 = 1;
 
@@ -51,8 +54,16 @@ impl Qcow2 {
         let failed = |errno: Errno| Error::io("Failed to store the bitmaps of the image", errno.into());
         self.store_bitmaps().await.map_err(failed)?;
         let bitmaps = self.bitmaps.list();
+        let mut entries = 0;
         for bitmap in &bitmaps {
             self.check_resize(bitmap, size)?;
+            entries += bitmap.entries_for(size.max(self.length_now()), self.shape.cluster());
+        }
+        if entries > MAX_ENTRIES {
+            return Err(Error::generic(format!(
+                "The bitmaps of the image are too large to be resized with it: their tables have {entries} entries, and \
+                 {MAX_ENTRIES} are the most; remove some bitmaps before ('qemu-img bitmap --remove')"
+            )));
         }
         self.mark_all(bitmaps.len(), true).await.map_err(failed)
     }

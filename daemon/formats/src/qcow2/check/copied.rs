@@ -33,6 +33,8 @@ impl Image {
     pub(super) async fn check_copied(&mut self, found: &mut Found, fix: Fix) -> IoResult {
         let repair = fix == Fix::All;
         let mut counts = Blocks::default();
+        // What is wrong in each table: only a damaged image names one twice.
+        let mut seen: HashMap<u64, u64> = HashMap::new();
         for index in 0..self.l1.len() {
             let entry = self.l1.get(index).copied().unwrap_or(0);
             let at = entry & OFFSET;
@@ -51,7 +53,13 @@ impl Image {
                 }
             }
             if at < self.file.size() {
-                self.check_table(&mut counts, found, at, repair).await?;
+                let wrong = match seen.get(&at) {
+                    Some(_) if repair => 0,
+                    Some(wrong) => *wrong,
+                    None => self.check_table(&mut counts, at, repair).await?,
+                };
+                seen.insert(at, wrong);
+                self.note(found, wrong, repair);
             }
         }
         Ok(())
@@ -61,7 +69,8 @@ impl Image {
         if repaired { found.corruptions_fixed += count } else { found.corruptions += count }
     }
 
-    async fn check_table(&self, counts: &mut Blocks, found: &mut Found, at: u64, repair: bool) -> IoResult {
+    /// How many entries of an L2 table are wrong.
+    async fn check_table(&self, counts: &mut Blocks, at: u64, repair: bool) -> IoResult<u64> {
         let mut table = read(&self.file, at, self.cluster()).await?;
         let wide = us(self.header.l2_entry_size());
         let mut wrong = 0;
@@ -80,10 +89,9 @@ impl Image {
                 put64(entry, 0, if single { word | COPIED } else { word & !COPIED });
             }
         }
-        self.note(found, wrong, repair);
         if wrong > 0 && repair {
             write(&self.file, at, &table).await?;
         }
-        Ok(())
+        Ok(wrong)
     }
 }

@@ -3,12 +3,13 @@
 use super::super::bytes::u64_of;
 use block::{Errno, IoResult};
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 
 /// Clusters that are counted together.
 const PAGE: u64 = 4096;
 /// Most pages: a gibibyte, enough for 32 TiB in clusters of 64 KiB.
 const MAX_PAGES: usize = (1 << 30) / 8192;
+/// Most counts that do not fit into a page, some 250 MiB: as many as snapshots of one cluster, in a few images only.
+const MAX_HIGH: usize = 4 << 20;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -31,6 +32,9 @@ impl Counts {
     /// `ENOMEM` if the limit of memory is reached.
     pub fn set(&mut self, cluster: u64, count: u64) -> IoResult {
         let full = self.pages.len() >= MAX_PAGES;
+        if count >= u64::from(u16::MAX) && self.high.len() >= MAX_HIGH && !self.high.contains_key(&cluster) {
+            return Err(Errno::ENOMEM);
+        }
         let page = match self.pages.entry(cluster / PAGE) {
             std::collections::btree_map::Entry::Vacant(_) if full => return Err(Errno::ENOMEM),
             entry => entry.or_insert_with(|| vec![0; within(PAGE - 1) + 1].into()),
@@ -42,11 +46,6 @@ impl Counts {
             self.high.insert(cluster, count);
         }
         Ok(())
-    }
-
-    /// The runs of clusters outside of which nothing is counted, in order.
-    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.pages.keys().map(|page| page * PAGE..(page + 1) * PAGE)
     }
 
     /// The cluster behind the last one that is referred to.
@@ -64,8 +63,15 @@ impl Counts {
     /// The indices of blocks of `per_block` clusters in which something is counted.
     pub fn blocks(&self, per_block: u64) -> BTreeSet<u64> {
         let mut blocks = BTreeSet::new();
-        for run in self.runs() {
-            blocks.extend(run.filter(|cluster| self.get(*cluster) > 0).map(|cluster| cluster / per_block));
+        for (page, counts) in &self.pages {
+            let used = (page * PAGE..).zip(counts).filter(|(_, count)| **count > 0);
+            let mut last = None;
+            for block in used.map(|(cluster, _)| cluster / per_block) {
+                if last != Some(block) {
+                    blocks.insert(block);
+                    last = Some(block);
+                }
+            }
         }
         blocks
     }
@@ -101,7 +107,7 @@ mod tests {
         }
         counts.set(7, 2).unwrap();
         assert_eq!((counts.get(7), counts.get(8), counts.get(1 << 50)), (2, 0, 0));
-        assert_eq!(counts.runs().count(), 3);
+        assert_eq!(counts.pages.len(), 3);
         assert_eq!(counts.blocks(4096).into_iter().collect::<Vec<_>>(), [0, 1, 1 << 28]);
         assert_eq!((counts.free_run(0, 1), counts.free_run(6, 3), counts.free_run(4094, 2)), (1, 8, 4097));
     }

@@ -25,7 +25,7 @@ const MAX_TABLES: usize = 16 << 20;
 const MAX_UNALIGNED: u64 = 1024;
 /// Most clusters that are remembered because damaged entries name them.
 const MAX_DANGLING: usize = 1 << 16;
-/// Most bytes of the L1 tables of all snapshots.
+/// Most bytes of the L1 tables of all snapshots, and of the tables of all bitmaps.
 const MAX_L1S: u64 = 1 << 30;
 
 /// What a walk has found.
@@ -86,47 +86,47 @@ impl Image {
 
     async fn walk_l1s(&self, walked: &mut Walked) -> IoResult {
         self.refer(walked, self.header.l1_at, u64_of(self.l1.len()) * 8, 1)?;
-        self.walk_l1(walked, &self.l1, true)?;
+        self.walk_l1(walked, &self.l1, 1, true)?;
         if self.header.has_data_file() && !self.snapshots.list.is_empty() {
             walked.found.corruptions += 1;
         }
-        let mut tables: Vec<_> =
-            self.snapshots.list.iter().map(|snapshot| (snapshot.l1_at, u64::from(snapshot.l1_entries))).collect();
-        tables.sort_unstable();
+        // Each table once, however many snapshots name it.
+        let mut tables: BTreeMap<_, u64> = BTreeMap::new();
+        for snapshot in &self.snapshots.list {
+            *tables.entry((snapshot.l1_at, u64::from(snapshot.l1_entries))).or_default() += 1;
+        }
         let mut total = 0;
-        let mut last = (None, Vec::new());
-        for (at, entries) in tables {
+        for ((at, entries), times) in tables {
             if !at.is_multiple_of(self.cluster()) || entries * 8 > MAX_L1_BYTES {
-                walked.found.corruptions += 1;
+                walked.found.corruptions += times;
                 continue;
             }
-            self.refer(walked, at, entries * 8, 1)?;
+            total += entries * 8;
+            if total > MAX_L1S {
+                return Err(Errno::EFBIG);
+            }
+            self.refer(walked, at, entries * 8, times)?;
             if at >= self.file.size() {
                 continue;
             }
-            if last.0 != Some((at, entries)) {
-                total += entries * 8;
-                if total > MAX_L1S {
-                    return Err(Errno::EFBIG);
-                }
-                let bytes = read(&self.file, at, entries * 8).await?;
-                last = (Some((at, entries)), bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect());
-            }
-            self.walk_l1(walked, &last.1, false)?;
+            let bytes = read(&self.file, at, entries * 8).await?;
+            let table: Vec<u64> = bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
+            self.walk_l1(walked, &table, times, false)?;
         }
         Ok(())
     }
 
-    fn walk_l1(&self, walked: &mut Walked, entries: &[u64], active: bool) -> IoResult {
+    /// An L1 table that is named `times`, as that of the guest's present disk if `active`.
+    fn walk_l1(&self, walked: &mut Walked, entries: &[u64], times: u64, active: bool) -> IoResult {
         for entry in entries.iter().filter(|entry| **entry != 0) {
             if entry & L1_RESERVED != 0 {
-                walked.found.corruptions += 1;
+                walked.found.corruptions += times;
             }
             let at = entry & OFFSET;
-            self.refer(walked, at, self.cluster(), 1)?;
+            self.refer(walked, at, self.cluster(), times)?;
             let aligned = at.is_multiple_of(self.cluster());
             if !aligned {
-                walked.found.corruptions += 1;
+                walked.found.corruptions += times;
             }
             if at >= self.file.size() {
                 continue;
@@ -137,9 +137,9 @@ impl Image {
                     return Err(Errno::EFBIG);
                 }
             }
-            let (active_times, times) = walked.tables.entry(at).or_default();
+            let (active_times, all) = walked.tables.entry(at).or_default();
             *active_times += u64::from(active);
-            *times += 1;
+            *all += times;
         }
         Ok(())
     }
@@ -224,8 +224,11 @@ impl Image {
     async fn walk_bitmaps(&self, walked: &mut Walked) -> IoResult {
         let Some(bitmaps) = &self.bitmaps else { return Ok(()) };
         let beyond = bitmaps.at.checked_add(bitmaps.len).is_none_or(|end| end > self.file.size());
-        self.refer(walked, bitmaps.at, bitmaps.len, 1)?;
-        if beyond || bitmaps.len > super::super::bitmap::MAX_DIRECTORY {
+        let too_long = bitmaps.len > super::super::bitmap::MAX_DIRECTORY;
+        if !too_long {
+            self.refer(walked, bitmaps.at, bitmaps.len, 1)?;
+        }
+        if beyond || too_long {
             walked.found.corruptions += 1;
             return Ok(());
         }
@@ -240,13 +243,16 @@ impl Image {
             let (at, entries) = (be64(rest, 0), u64::from(be32(rest, 8)));
             let len = 24 + u64::from(be16(rest, 18)) + u64::from(be32(rest, 20));
             rest = rest.get(us(len.next_multiple_of(8))..).unwrap_or_default();
-            self.refer(walked, at, entries * 8, 1)?;
-            if at.checked_add(entries * 8).is_none_or(|end| end > self.file.size()) {
-                continue;
+            let end = at.checked_add(entries * 8);
+            if end.is_some_and(|end| end < self.file.size().saturating_add(self.cluster())) {
+                total += entries * 8;
+                if total > MAX_L1S {
+                    return Err(Errno::EFBIG);
+                }
             }
-            total += entries * 8;
-            if total > MAX_L1S {
-                return Err(Errno::EFBIG);
+            self.refer(walked, at, entries * 8, 1)?;
+            if end.is_none_or(|end| end > self.file.size()) {
+                continue;
             }
             for entry in read(&self.file, at, entries * 8).await?.chunks_exact(8).map(|entry| be64(entry, 0)) {
                 let host = entry & OFFSET;
