@@ -24,6 +24,8 @@ enum Kind {
     Empty,
     /// Fifty images without data, over one with all of it.
     Chain,
+    /// The same with a cluster here and there, so that each has all its L2 tables.
+    Patched,
     /// Every cluster is compressed, and compressible to about a half.
     Compressed,
     /// A disk of 1 TiB, allocated and never written, whose L2 tables are four times the cache.
@@ -42,7 +44,7 @@ const fn cell(name: &'static str, kind: Kind, block: u32, random: bool, write: b
     Cell { name, kind, load: Load { block, random, write }, depth, connections: 1 }
 }
 
-const CELLS: [Cell; 10] = [
+const CELLS: [Cell; 11] = [
     cell("qcow2-4k-randread-d1", Kind::Full, 4096, true, false, 1),
     cell("qcow2-4k-randread-d32", Kind::Full, 4096, true, false, 32),
     cell("qcow2-4k-randwrite-d32", Kind::Full, 4096, true, true, 32),
@@ -50,6 +52,7 @@ const CELLS: [Cell; 10] = [
     cell("qcow2-alloc-64k-seqwrite-d16", Kind::Empty, 65536, false, true, 16),
     cell("qcow2-alloc-4k-randwrite-d32", Kind::Empty, 4096, true, true, 32),
     cell("qcow2-chain50-4k-randread-d32", Kind::Chain, 4096, true, false, 32),
+    cell("qcow2-chain50-patched-4k-randread-d32", Kind::Patched, 4096, true, false, 32),
     cell("qcow2-1t-4k-randread-d32", Kind::Wide, 4096, true, false, 32),
     cell("qcow2-zlib-64k-randread-d16", Kind::Compressed, 65536, true, false, 16),
     cell("qcow2-zlib-4k-seqread-d16", Kind::Compressed, 4096, false, false, 16),
@@ -60,6 +63,8 @@ const ROOM: u64 = 64 << 30;
 /// Overlays of the long chains: of the one that is read, and of the one that is opened.
 const READ_CHAIN: usize = 50;
 const OPEN_CHAIN: usize = 100;
+/// Bytes from one cluster of an overlay to the next, where it has any: what one slice of an L2 table maps.
+const PATCHES: usize = 32 << 20;
 
 /// The images, made when they are first needed.
 struct Images<'a> {
@@ -81,13 +86,19 @@ impl Images<'_> {
         self.dir.join(name)
     }
 
-    /// A chain of overlays over the full image; the path of its end.
-    fn chain(&self, len: usize) -> PathBuf {
+    /// A chain of overlays over the full image, with a cluster of their own every so many bytes; the path of its end.
+    fn chain(&self, name: &str, len: usize, patches: Option<usize>) -> PathBuf {
         let mut below = self.full();
         for index in 0..len {
-            let path = self.path(&format!("chain{index}"));
+            let path = self.path(&format!("{name}{index}"));
             if !path.exists() {
                 create(&path, &["-F", "qcow2", "-b", &below.display().to_string()]);
+                if let Some(step) = patches {
+                    let writes =
+                        (0..self.raw.size).step_by(step).flat_map(|at| ["-c".into(), format!("write {at} 64k")]);
+                    let args = ["-f".into(), "qcow2".into(), path.display().to_string()].into_iter().chain(writes);
+                    tools::ok("qemu-io", args);
+                }
             }
             below = path;
         }
@@ -134,7 +145,8 @@ impl Images<'_> {
     fn of(&self, kind: Kind) -> (PathBuf, u64) {
         match kind {
             Kind::Full => (self.full(), self.raw.size),
-            Kind::Chain => (self.chain(READ_CHAIN), self.raw.size),
+            Kind::Chain => (self.chain("chain", READ_CHAIN, None), self.raw.size),
+            Kind::Patched => (self.chain("patched", READ_CHAIN, Some(PATCHES)), self.raw.size),
             Kind::Compressed => (self.compressed(), 256 << 20),
             Kind::Wide => (self.wide(), 1 << 40),
             Kind::Empty => {
@@ -223,7 +235,7 @@ pub fn run(programs: &[Program], rounds: u32, raw: &Image, time: Duration, only:
         return;
     }
     let tebibyte = images.wide();
-    let chain = images.chain(OPEN_CHAIN);
+    let chain = images.chain("chain", OPEN_CHAIN, None);
     println!("\n| | {} |", programs.iter().map(|program| program.name()).collect::<Vec<_>>().join(" | "));
     println!("|---|{}", "---:|".repeat(programs.len()));
     type Measure<'a> = &'a dyn Fn(Program) -> f64;

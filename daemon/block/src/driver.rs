@@ -12,6 +12,7 @@ use crate::IoResult;
 use crate::check::Check;
 use crate::edge::Edge;
 use crate::fault::FaultControl;
+use crate::node::Node;
 use crate::perm::Perms;
 use crate::reopen::{Backing, ChildList, Reopen};
 use crate::reservation::Reservations;
@@ -246,6 +247,16 @@ pub trait Driver: Send + Sync + 'static {
     /// Fills `buf` with the bytes from `at`. Bytes after the end of the medium read as zero.
     fn read(&self, at: u64, buf: &IoBuf) -> impl Future<Output = IoResult>;
 
+    /// The node from which a read of `span` fills its whole buffer, at the same offset, where this driver would do nothing but
+    /// read there: the core does so in its place, and counts the read here as well. It is asked for reads within the facts
+    /// that come through a backing link, and takes the answer: what the driver raises before it reads there, it raises now.
+    ///
+    /// No I/O, no waiting; a driver that cannot tell at once says none, and [`Driver::read`] is called as ever.
+    fn read_through(&self, span: Span) -> Option<Arc<Node>> {
+        let _ = span;
+        None
+    }
+
     /// Writes `buf` at `at`. `flags.fua` is set only where [`Facts::fua`] is not `None`.
     fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> impl Future<Output = IoResult>;
 
@@ -399,6 +410,8 @@ macro_rules! mirror {
             fn filename(&self) -> String;
             /// [`Driver::read`], boxed.
             fn read<'a>(&'a self, at: u64, buf: &'a IoBuf) -> LocalFuture<'a, IoResult>;
+            /// [`Driver::read_through`].
+            fn read_through(&self, span: Span) -> Option<Arc<Node>>;
             /// [`Driver::write`], boxed.
             fn write<'a>(&'a self, at: u64, buf: &'a IoBuf, flags: WriteFlags) -> LocalFuture<'a, IoResult>;
             /// [`Driver::write_compressed`], boxed.
@@ -452,6 +465,9 @@ macro_rules! mirror {
             }
             fn read<'a>(&'a self, at: u64, buf: &'a IoBuf) -> LocalFuture<'a, IoResult> {
                 Box::pin(Driver::read(self, at, buf))
+            }
+            fn read_through(&self, span: Span) -> Option<Arc<Node>> {
+                Driver::read_through(self, span)
             }
             fn write<'a>(&'a self, at: u64, buf: &'a IoBuf, flags: WriteFlags) -> LocalFuture<'a, IoResult> {
                 Box::pin(Driver::write(self, at, buf, flags))

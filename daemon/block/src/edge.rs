@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use buf::IoBuf;
 use qapi::types::block_filters::BlkdebugEvent;
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// What a child is to its parent: decides what it inherits and how status is walked.
@@ -43,6 +43,8 @@ pub struct Edge {
     name: String,
     role: Role,
     child: ArcSwap<Node>,
+    /// Whether the child wants to hear of events.
+    hears: AtomicBool,
     pub(crate) parent: Parent,
     /// How many rely on it that the edge keeps leading to its child.
     frozen: AtomicU32,
@@ -61,6 +63,7 @@ impl Edge {
         Self {
             name: name.to_owned(),
             role,
+            hears: AtomicBool::new(child.hears_events()),
             child: ArcSwap::new(child),
             parent,
             frozen: AtomicU32::new(0),
@@ -85,6 +88,7 @@ impl Edge {
 
     /// Leads to another node from now on. Control task, with nothing in flight above.
     pub(crate) fn set_node(&self, node: Arc<Node>) {
+        self.hears.store(node.hears_events(), Ordering::Release);
         self.child.store(node);
     }
 
@@ -131,15 +135,21 @@ impl Edge {
     /// [`Node::raise`] on the child.
     #[inline]
     pub fn raise(&self, event: BlkdebugEvent) {
-        self.child.load().raise(event);
+        if self.hears.load(Ordering::Acquire) {
+            self.child.load().raise(event);
+        }
     }
 
-    /// [`Node::read`] on the child.
+    /// [`Node::read`] on the child. Over a backing link it goes down a chain of nodes at once, see
+    /// [`Driver::read_through`](crate::Driver::read_through).
     ///
     /// # Errors
     /// The errno of the node.
     pub async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
-        self.node().read(at, buf).await
+        match self.role {
+            Role::Backing => Node::read_down(self.node(), at, buf).await,
+            _ => self.node().read(at, buf).await,
+        }
     }
 
     /// [`Node::write`] on the child.

@@ -78,6 +78,8 @@ pub struct Node {
     hears: bool,
     options: ArcSwap<NodeOptions>,
     facts: ArcSwap<Facts>,
+    /// Transfers below this many bytes fit the facts, wherever they are; 0 where alignment matters.
+    fitting: AtomicU64,
     /// Length in bytes, a multiple of 512 (a shorter last sector reads as zero after its end).
     size: AtomicU64,
     /// The `need` bits of all users together.
@@ -128,6 +130,7 @@ impl Node {
             hears: driver.hears_events(),
             driver,
             options: ArcSwap::from_pointee(options),
+            fitting: AtomicU64::new(request::fitting(&facts)),
             facts: ArcSwap::from_pointee(facts),
             size: AtomicU64::new(whole_sectors(length)),
             needed: AtomicU8::new(0),
@@ -159,6 +162,11 @@ impl Node {
         if self.hears {
             self.driver.event(event);
         }
+    }
+
+    /// Whether the driver wants to hear of events.
+    pub(crate) fn hears_events(&self) -> bool {
+        self.hears
     }
 
     /// The common options in force.
@@ -305,7 +313,9 @@ impl Node {
 
     /// Takes new facts from the driver. Control task.
     pub(crate) fn refresh_facts(&self) {
-        self.facts.store(Arc::new(self.driver.facts()));
+        let facts = self.driver.facts();
+        self.fitting.store(request::fitting(&facts), Ordering::Release);
+        self.facts.store(Arc::new(facts));
     }
 
     /// Sets the length, in bytes. The graph has drained all users and tells them afterwards.

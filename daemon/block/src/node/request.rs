@@ -8,6 +8,7 @@ use crate::stats::Op;
 use buf::IoBuf;
 use nix::errno::Errno;
 use qapi::types::block_filters::BlkdebugEvent;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// The longest buffer that the core allocates for bounces and for zeroes, in bytes.
@@ -42,6 +43,11 @@ fn fits(facts: &Facts, at: u64, buf: &IoBuf) -> bool {
             || buf.is_aligned(facts.mem_align as usize, facts.mem_align.min(facts.request_align) as usize))
 }
 
+/// See [`Node::fitting`].
+pub(super) fn fitting(facts: &Facts) -> u64 {
+    if facts.request_align <= 1 && facts.mem_align <= 1 { u64::from(facts.max_transfer) + 1 } else { 0 }
+}
+
 /// The longest piece that is cut from an unfitting transfer: bounded, and whole alignment units.
 fn piece(facts: &Facts) -> u64 {
     align_down(u64::from(facts.max_transfer).min(BOUNCE), facts.request_align).max(u64::from(facts.request_align))
@@ -60,12 +66,9 @@ impl Node {
         };
         let size = self.size();
         let result = if end <= size {
-            let facts = self.facts.load();
-            if fits(&facts, at, buf) {
-                drop(facts);
+            if self.takes(at, buf) {
                 self.driver.read(at, buf).await
             } else {
-                drop(facts);
                 Box::pin(self.read_in_pieces(at, buf)).await
             }
         } else {
@@ -73,6 +76,33 @@ impl Node {
         };
         self.stats.done(Op::Read, len, result.is_ok());
         result
+    }
+
+    /// Whether the driver takes this transfer as it is.
+    fn takes(&self, at: u64, buf: &IoBuf) -> bool {
+        len_of(buf) < self.fitting.load(Ordering::Acquire) || fits(&self.facts.load(), at, buf)
+    }
+
+    /// [`Node::read`] on the first node from `top` downwards that does not merely pass it on to the next. Each of the others
+    /// checks and counts it as if it had done it.
+    pub(crate) async fn read_down(top: Arc<Self>, at: u64, buf: &IoBuf) -> IoResult {
+        let mut node = top;
+        let mut passed = Vec::new();
+        while let Some(below) = node.read_through(at, buf) {
+            passed.push(std::mem::replace(&mut node, below));
+        }
+        let result = node.read(at, buf).await;
+        for node in passed {
+            node.stats.done(Op::Read, len_of(buf), result.is_ok());
+        }
+        result
+    }
+
+    /// Where the driver sends a read of its whole length, unless the core has something to do about it here.
+    fn read_through(&self, at: u64, buf: &IoBuf) -> Option<Arc<Self>> {
+        let len = len_of(buf);
+        let inside = at.checked_add(len).is_some_and(|end| end <= self.size());
+        if inside && self.takes(at, buf) { self.driver.read_through(Span::new(at, len)) } else { None }
     }
 
     async fn read_across_end(&self, at: u64, buf: &IoBuf, size: u64) -> IoResult {

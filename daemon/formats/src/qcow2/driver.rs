@@ -6,9 +6,10 @@ use block::check::Check;
 use block::driver::Prealloc;
 use block::reopen::{Backing, Reopen};
 use block::snapshot::Snapshots;
-use block::{Driver, Edge, Facts, ImageDetails, IoResult, Mapping, Perms, Span, Support, WriteFlags, ZeroFlags};
+use block::{Driver, Edge, Facts, ImageDetails, IoResult, Mapping, Node, Perms, Span, Support, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use qapi::{Error, Result};
+use std::sync::Arc;
 
 impl Qcow2 {
     /// [`Qcow2::keep`] as the end of a request.
@@ -51,6 +52,10 @@ impl Driver for Qcow2 {
             self.read_guest(at, buf).await
         };
         self.conclude(read).await
+    }
+
+    fn read_through(&self, span: Span) -> Option<Arc<Node>> {
+        self.backs(span)
     }
 
     async fn write(&self, at: u64, buf: &IoBuf, flags: WriteFlags) -> IoResult {

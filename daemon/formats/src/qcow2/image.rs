@@ -269,10 +269,29 @@ impl Qcow2 {
         }
     }
 
+    /// `len`, as far as one slice tells about the bytes from `at`.
+    fn in_slice(&self, at: u64, len: u64) -> u64 {
+        let reach = self.slice_reach();
+        len.min(reach - at % reach)
+    }
+
+    /// [`Qcow2::find`], if that needs no I/O and finds nothing wrong.
+    pub(super) fn find_cached(&self, at: u64, len: u64) -> Option<(Where, u64)> {
+        let len = self.in_slice(at, len);
+        let table = self.l1_entry(at) & OFFSET;
+        if table == 0 {
+            return Some((Where::Backing, len));
+        }
+        if !table.is_multiple_of(self.shape.cluster()) {
+            return None;
+        }
+        let slice = self.l2.peek(self.slice_at(table, at))?;
+        slice.look(|bytes| self.find_in(bytes, at, len)).ok()
+    }
+
     /// Where the bytes from `at` are, and for how many of `len` that holds.
     pub(super) async fn find(&self, at: u64, len: u64) -> IoResult<(Where, u64)> {
-        let reach = self.slice_reach();
-        let len = len.min(reach - at % reach);
+        let len = self.in_slice(at, len);
         let Some(slice) = self.slice(at).await? else { return Ok((Where::Backing, len)) };
         match slice.look(|bytes| self.find_in(bytes, at, len)) {
             Ok(found) => Ok(found),

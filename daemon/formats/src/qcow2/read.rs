@@ -4,7 +4,7 @@ use super::bytes::{u64_of, us};
 use super::compress;
 use super::image::{Qcow2, Where, lock};
 use super::join::join_all;
-use block::{BlkdebugEvent, Errno, IoResult, Mapping, Span};
+use block::{BlkdebugEvent, Errno, IoResult, Mapping, Node, Span};
 use buf::IoBuf;
 use std::sync::Arc;
 
@@ -31,6 +31,25 @@ impl Qcow2 {
             join_all(pieces).await?;
         }
         Ok(())
+    }
+
+    /// The node that all of `span` shows through from, if that is plain from what is in memory. A read goes there next.
+    ///
+    /// The mapping is looked at inside an epoch, for a table may be given up and another come to its place. Nothing of what
+    /// is found is a place in this image, so the read below needs none.
+    pub(super) fn backs(&self, span: Span) -> Option<Arc<Node>> {
+        let backing = self.backing.load();
+        let node = backing.as_ref()?.node();
+        self.check_sound().ok()?;
+        let found = {
+            let _inside = self.epochs.enter();
+            self.find_cached(span.at, span.len)?
+        };
+        if span.len == 0 || found != (Where::Backing, span.len) {
+            return None;
+        }
+        self.file.raise(BlkdebugEvent::ReadBackingAio);
+        Some(node)
     }
 
     async fn read_piece(&self, at: u64, place: Where, buf: IoBuf) -> IoResult {
