@@ -119,8 +119,10 @@ impl Opener for Layers {
         options: &'a BlockdevOptions,
     ) -> LocalFuture<'a, qapi::Result<Box<dyn DynDriver>>> {
         Box::pin(async move {
-            let BlockdevDriverOptions::Raw(raw) = &options.driver else { panic!("no such driver in this test") };
-            let (shape, seen) = self.0.get(raw.offset.unwrap() as usize).unwrap().clone();
+            let BlockdevDriverOptions::Raw(raw) = &options.driver else {
+                return Err(qapi::Error::generic("no such driver in this test"));
+            };
+            let (shape, seen) = self.0.get(usize::try_from(raw.offset.unwrap()).unwrap()).unwrap().clone();
             Ok(Box::new(Layer { shape, seen, below: cx.child("backing", Role::Backing, &raw.file).await? }) as Box<_>)
         })
     }
@@ -237,7 +239,7 @@ impl Driver for Broken {
 #[test]
 fn each_layer_counts_a_failure_below_it() {
     run(async {
-        let (graph, disk, _) = chain(&vec![plain(LEN); 4], Box::new(Broken)).await;
+        let (graph, disk, _) = chain(&[plain(LEN), plain(LEN), plain(LEN), plain(LEN)], Box::new(Broken)).await;
         assert_eq!(disk.read(0, &IoBuf::zeroed(512)).await, Err(Errno::ENOMEDIUM));
         for name in ["layer3", "layer2", "layer1", "layer0", "bottom"] {
             assert_eq!(counted(&graph, name), (0, 0, 1), "{name}");
