@@ -3,14 +3,17 @@
 
 mod common;
 
+use block::driver::Prealloc;
 use block::graph::Change;
 use block::testing::{CrashDriver, History, Step};
-use block::{Disk, Graph, NodeOptions, Span, WriteFlags, ZeroFlags};
+use block::{Disk, Driver, Errno, Facts, Graph, IoResult, Mapping, NodeOptions, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use common::{attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
 use serde_json::json;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 const CLUSTER: u64 = 64 << 10;
 
@@ -192,5 +195,104 @@ fn an_image_in_a_device_has_no_end_to_set_aside() {
         write(disk, 0..8).await;
         assert!(since(history, 0).1 > 0);
         assert_eq!(disk.node().children()[0].size(), 8 << 20);
+    });
+}
+
+/// A file on a file system with so much space.
+#[derive(Default)]
+struct Narrow {
+    bytes: Mutex<Vec<u8>>,
+    space: AtomicUsize,
+    flushes: AtomicUsize,
+}
+
+struct NarrowDriver(Arc<Narrow>);
+
+impl Driver for NarrowDriver {
+    fn name(&self) -> &'static str {
+        "narrow"
+    }
+
+    fn facts(&self) -> Facts {
+        Facts::default()
+    }
+
+    async fn length(&self) -> IoResult<u64> {
+        Ok(u64::try_from(self.0.bytes.lock().unwrap().len()).unwrap())
+    }
+
+    async fn read(&self, at: u64, buf: &IoBuf) -> IoResult {
+        let (bytes, at) = (self.0.bytes.lock().unwrap(), usize::try_from(at).unwrap());
+        buf.fill(0);
+        buf.write_at(0, &bytes[at.min(bytes.len())..(at + buf.len()).min(bytes.len())]);
+        Ok(())
+    }
+
+    async fn write(&self, at: u64, buf: &IoBuf, _: WriteFlags) -> IoResult {
+        let (mut bytes, at) = (self.0.bytes.lock().unwrap(), usize::try_from(at).unwrap());
+        let end = at + buf.len();
+        if end > self.0.space.load(Ordering::Relaxed) {
+            return Err(Errno::ENOSPC);
+        }
+        if end > bytes.len() {
+            bytes.resize(end, 0);
+        }
+        buf.read_at(0, &mut bytes[at..end]);
+        Ok(())
+    }
+
+    async fn flush(&self) -> IoResult {
+        self.0.flushes.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn map(&self, span: Span, _: bool) -> IoResult<Mapping> {
+        Ok(Mapping::data(span.len, span.at))
+    }
+
+    async fn truncate(&self, size: u64, _: bool, _: Prealloc) -> qapi::Result<()> {
+        self.0.bytes.lock().unwrap().resize(usize::try_from(size).unwrap(), 0);
+        Ok(())
+    }
+}
+
+/// A full file system ends it, and space brings it back.
+#[test]
+fn clusters_are_set_aside_again_when_there_is_space() {
+    if !has_qemu() {
+        return;
+    }
+    let dir = folder();
+    create(dir.path(), "image 64M");
+    qemu_io(dir.path(), "image", &["write -P 1 32M 64k"]);
+    let content = std::fs::read(dir.path().join("image")).unwrap();
+    on_thread(move || async move {
+        let work = async {
+            let mut graph = graph();
+            // Room for a few clusters, and not for what is set aside.
+            let space = AtomicUsize::new(content.len() + 300_000);
+            let narrow = Arc::new(Narrow { bytes: Mutex::new(content), space, ..Narrow::default() });
+            graph.adopt("medium", Box::new(NarrowDriver(Arc::clone(&narrow))), NodeOptions::default()).await.unwrap();
+            graph.add(&options(&json!({ "driver": "qcow2", "node-name": "q", "file": "medium" }))).await.unwrap();
+            let disk = attach(&mut graph, "q", true).await;
+            graph.outlive(&disk);
+            let flushes = || narrow.flushes.load(Ordering::Relaxed);
+            write(&disk, 0..1).await;
+            let before = flushes();
+            write(&disk, 1..2).await;
+            assert!(flushes() > before, "none are set aside");
+            narrow.space.store(1 << 30, Ordering::Relaxed);
+            // What is set aside has to be counted, and the first place behind it found.
+            write(&disk, 2..3).await;
+            write(&disk, 3..5).await;
+            let before = flushes();
+            for cluster in 5..68 {
+                write(&disk, cluster..cluster + 1).await;
+            }
+            assert_eq!(flushes(), before, "they are set aside again");
+            graph.detach(disk).await;
+            graph.close_all().await;
+        };
+        tokio::task::LocalSet::new().run_until(work).await;
     });
 }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use block::snapshot::SnapshotFacts;
 use block::{Disk, Span, WriteFlags, ZeroFlags};
 use buf::IoBuf;
 use common::{Random, attach, create, folder, graph, has_qemu, on_thread, options, qemu_io, run};
@@ -287,4 +288,42 @@ fn growing_and_shrinking() {
             .await;
     });
     check_whole(dir.path(), "image.qcow2", &receiver.recv().unwrap());
+}
+
+/// A row of clusters that is longer than what one refcount block counts: an L1 table's, for a larger disk and a snapshot.
+#[test]
+fn tables_that_need_several_refcount_blocks() {
+    if !has_qemu() {
+        return;
+    }
+    for shape in ["cluster_size=512,refcount_bits=64", "cluster_size=512,refcount_bits=64,lazy_refcounts=on"] {
+        let dir = folder();
+        create(dir.path(), &format!("-o {shape} image 1M"));
+        qemu_io(dir.path(), "image", &["write -P 1 0 64k"]);
+        let path = dir.path().join("image");
+        on_thread(move || async move {
+            let mut graph = graph();
+            let file = json!({ "driver": "file", "filename": path });
+            graph.add(&options(&json!({ "driver": "qcow2", "node-name": "q", "file": file }))).await.unwrap();
+            let node = std::sync::Arc::clone(graph.get("q").unwrap());
+            graph.resize(&node, 512 << 20).await.unwrap();
+            let disk = attach(&mut graph, "q", true).await;
+            let buf = IoBuf::alloc(64 << 10);
+            buf.fill(2);
+            disk.write(500 << 20, &buf, WriteFlags::NONE).await.unwrap();
+            let snapshots = node.driver().snapshots().unwrap();
+            for id in ["1", "2"] {
+                let facts = SnapshotFacts { id: id.into(), name: id.into(), ..SnapshotFacts::default() };
+                snapshots.create(&facts).await.unwrap();
+            }
+            disk.write(0, &buf, WriteFlags::NONE).await.unwrap();
+            snapshots.delete("1").await.unwrap();
+            graph.detach(disk).await;
+            graph.close_all().await;
+        });
+        run(dir.path(), "qemu-img", &["check", "-q", "-f", "qcow2", "image"]);
+        qemu_io(dir.path(), "image", &["read -P 2 0 64k", "read -P 2 500M 64k"]);
+        run(dir.path(), "qemu-img", &["snapshot", "-a", "2", "image"]);
+        qemu_io(dir.path(), "image", &["read -P 1 0 64k", "read -P 2 500M 64k"]);
+    }
 }

@@ -7,7 +7,7 @@
 //! 4. A barrier: what is not named any more in memory is not named in the image either. Those clusters may be reused, once
 //!    the requests are over that found them before: only now their counts fall.
 //!
-//! With lazy refcounts step 1 waits until the image is closed; meanwhile the image is marked as dirty.
+//! With lazy refcounts step 1 waits until the image is closed, but for blocks that are new; meanwhile the image is marked as dirty.
 //!
 //! What is written are copies that are taken in the opposite order of the dependencies (unlinked clusters, L1, L2,
 //! refcounts), so that nothing in a copy refers to something that a later copy lacks. Requests go on meanwhile and make
@@ -172,14 +172,15 @@ impl Qcow2 {
     }
 
     /// Steps 1 and 2: the counts of everything that has been copied are in the image, or it is marked so that they are not relied
-    /// on; and so are data and copies, all of it for good.
+    /// on; and so are data and copies, all of it for good. New refcount blocks are there in any case: a repair can count in them,
+    /// on a full disk too.
     pub(super) async fn write_counts(&self, turn: &mut Turn) -> IoResult {
         let (counted, stable) = (self.refs.raised(), self.handover.exposed());
         if self.lazy.load(Ordering::Relaxed) {
             if !self.refs_are_clean() {
                 self.mark_dirty().await?;
             }
-            self.barrier().await?;
+            if self.refs.is_table_dirty() { self.write_refcounts().await? } else { self.barrier().await? }
         } else {
             self.write_refcounts().await?;
         }

@@ -34,7 +34,7 @@ pub(super) struct Handover {
     spare: Mutex<Range<u64>>,
     /// One at a time sets some aside.
     filling: tokio::sync::Mutex<()>,
-    /// The file does not get longer.
+    /// The file does not get longer: it is a device, or there was no space when it was last tried.
     fixed: AtomicBool,
 }
 
@@ -47,6 +47,13 @@ impl Handover {
     /// An L2 entry is about to be changed that relies on bytes which have been written, and must be there when it is.
     pub fn expose(&self) {
         self.exposed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The file has become longer: it can again.
+    pub fn grew(&self) {
+        if self.fixed.load(Ordering::Relaxed) {
+            self.fixed.store(false, Ordering::Relaxed);
+        }
     }
 
     /// What is set aside is nobody's any more.

@@ -314,6 +314,55 @@ impl Refcounts {
         }
     }
 
+    /// The first cluster from `cluster` on that is free, or has no block to be counted in.
+    async fn free_from(&self, mut cluster: u64, file: &Edge) -> IoResult<u64> {
+        loop {
+            let (index, within) = (cluster / self.per_block(), cluster % self.per_block());
+            let Some(block) = self.load(index, file).await? else { return Ok(cluster) };
+            let first = index * self.per_block();
+            let table = self.table();
+            let free = |bytes: &[u8], i: &u64| self.read(bytes, *i) == 0 && !self.in_table(&table, first + i);
+            match block.look(|bytes| (within..self.per_block()).find(|i| free(bytes, i))) {
+                Some(i) => return Ok(first + i),
+                None => cluster = first + self.per_block(),
+            }
+        }
+    }
+
+    /// Sees to it that each of `clusters` has a block to be counted in. The blocks may lie among them.
+    async fn cover(&self, clusters: Range<u64>, file: &Edge) -> IoResult {
+        for index in clusters.start / self.per_block()..=(clusters.end - 1) / self.per_block() {
+            loop {
+                let (known, at) = {
+                    let table = self.table();
+                    (u64_of(table.entries.len()), self.block_at(&table, index)?)
+                };
+                if at != 0 {
+                    break;
+                }
+                if index >= known {
+                    self.grow(index + 1, file)?;
+                    continue;
+                }
+                // Which may get it a block.
+                let place = self.claim(1, None, file).await?.start;
+                {
+                    let mut table = self.table();
+                    if self.block_at(&table, index)? == 0 {
+                        self.blocks.put(place << self.cluster_bits, vec![0; 1 << self.cluster_bits]);
+                        if let Some(entry) = table.entries.get_mut(us(index)) {
+                            *entry = place << self.cluster_bits;
+                        }
+                        table.dirty.insert(index * 8 / SECTOR);
+                        break;
+                    }
+                }
+                self.release(place, file).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Claims exactly `count` clusters in a row, behind everything else in the file.
     ///
     /// # Errors
@@ -321,6 +370,9 @@ impl Refcounts {
     pub async fn claim_row(&self, count: u64, file: &Edge) -> IoResult<Range<u64>> {
         let mut start = file.size().div_ceil(1 << self.cluster_bits).max(1);
         'row: loop {
+            start = self.free_from(start, file).await?;
+            // A row may be longer than what one block counts: those that are new must not interrupt it.
+            self.cover(start..start + count, file).await?;
             let mut end = start;
             while end < start + count {
                 let run = self.claim(start + count - end, Some(end), file).await?;

@@ -256,6 +256,9 @@ impl Qcow2 {
         let written = async {
             let was_zero = spare && self.reads_zero(&(start..run.bytes.end.next_multiple_of(cluster))).await?;
             self.fill_clusters(&run, &part, start, host, virgin).await?;
+            if !spare && host >= virgin {
+                self.handover.grew();
+            }
             // Zeroes in the place of zeroes: whatever of the data a power failure leaves is right.
             if !was_zero {
                 self.handover.expose();

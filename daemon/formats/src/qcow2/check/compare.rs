@@ -37,10 +37,10 @@ impl Image {
                     continue;
                 }
                 let fixed = match stored {
-                    // There may be no block to mend.
                     0 => {
                         walked.rebuild = true;
-                        false
+                        walked.beyond_repair |= at.is_none();
+                        fix == Fix::All && at.is_some()
                     }
                     _ if stored > counted => fix >= Fix::Leaks,
                     _ => fix == Fix::All,

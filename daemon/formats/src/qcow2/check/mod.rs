@@ -49,7 +49,13 @@ pub struct Image {
 /// It is not an image, or so damaged that it cannot be walked; a write failed. What was repaired before stays repaired.
 pub async fn check(file: Arc<Node>, fix: Fix) -> Result<Found> {
     let mut image = Image::read(file, fix == Fix::All).await?;
-    let failed = |errno: Errno| Error::io("The check was broken off", errno.into());
+    let failed = |errno: Errno| match errno {
+        Errno::ENOSPC => Error::io(
+            "The image cannot be repaired without space for new refcounts, and can be read meanwhile with 'read-only'",
+            errno.into(),
+        ),
+        _ => Error::io("The check was broken off", errno.into()),
+    };
     let mut found = image.check(fix).await.map_err(failed)?;
     if found.corruptions_fixed > 0 || found.leaks_fixed > 0 {
         // What a repair says is not believed: everything is looked at again.
@@ -112,7 +118,7 @@ impl Image {
         let mut walked = self.walk(fix).await?;
         let before = walked.found;
         self.compare(&mut walked, Fix::Nothing).await?;
-        if walked.rebuild && fix == Fix::All {
+        if walked.beyond_repair && fix == Fix::All {
             let old = walked.found;
             self.rebuild(&mut walked).await?;
             // The old structures are leaked now, and everything is counted anew.
@@ -123,8 +129,8 @@ impl Image {
             found.corruptions_fixed = old.corruptions_fixed + old.corruptions.saturating_sub(found.corruptions);
             found.check_errors += u64::from(walked.rebuild);
         } else if fix != Fix::Nothing && (walked.found.leaks > 0 || walked.found.corruptions > 0) {
-            if walked.rebuild {
-                // Without leave to rebuild nothing can be compared right.
+            if walked.rebuild && fix != Fix::All {
+                // Without leave to correct what is counted as free, no leak is one for sure.
                 return Err(Errno::EIO);
             }
             walked.found = before;

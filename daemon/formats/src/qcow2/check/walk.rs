@@ -33,13 +33,24 @@ const MAX_L1S: u64 = 1 << 30;
 pub struct Walked {
     pub counts: Counts,
     pub found: Found,
-    /// The refcount structures cannot be mended in place.
+    /// Clusters that are in use are counted as free, or the refcount structures cannot be mended in place: the reference makes
+    /// new ones in both cases.
     pub rebuild: bool,
+    /// The refcount structures cannot be mended in place.
+    pub beyond_repair: bool,
     /// Clusters behind the end of the file that damaged entries name: what is put there would be theirs too.
     pub dangling: BTreeSet<u64>,
     /// L2 tables by their offsets, and how many L1 entries name them: the active table's, all.
     tables: BTreeMap<u64, (u64, u64)>,
     unaligned: u64,
+}
+
+impl Walked {
+    /// Notes that the refcount structures cannot be mended in place, if `so`.
+    pub(super) fn must_rebuild(&mut self, so: bool) {
+        self.rebuild |= so;
+        self.beyond_repair |= so;
+    }
 }
 
 impl Image {
@@ -274,7 +285,7 @@ impl Image {
             let at = entry & !REFTABLE_RESERVED;
             if entry & REFTABLE_RESERVED != 0 || !at.is_multiple_of(self.cluster()) {
                 walked.found.corruptions += 1;
-                walked.rebuild = true;
+                walked.must_rebuild(true);
                 continue;
             }
             if at == 0 {
@@ -286,14 +297,14 @@ impl Image {
                     self.refer(walked, at, self.cluster(), 1)?;
                 } else {
                     walked.found.corruptions += 1;
-                    walked.rebuild |= fix == Fix::All;
+                    walked.must_rebuild(fix == Fix::All);
                 }
                 continue;
             }
             self.refer(walked, at, self.cluster(), 1)?;
             if walked.counts.get(at >> bits) != 1 {
                 walked.found.corruptions += 1;
-                walked.rebuild = true;
+                walked.must_rebuild(true);
             }
         }
         Ok(())
