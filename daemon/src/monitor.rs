@@ -137,7 +137,10 @@ impl Client {
         loop {
             let (wants_input, has_output) = {
                 let mut session = self.session.borrow_mut();
-                session.passed(std::mem::take(&mut passed));
+                let former = session.passed(std::mem::take(&mut passed));
+                if !former.is_empty() {
+                    ::io::dispose(former);
+                }
                 if let Some(mut rest) = buffer.get(unread.clone()) {
                     session.input(&mut rest);
                     unread.start = unread.end - rest.len();

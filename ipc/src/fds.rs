@@ -1,8 +1,8 @@
 //! Descriptors that travel with bytes on a Unix socket (SCM_RIGHTS), counted.
 //!
-//! A message of these protocols carries exactly one descriptor or none. A peer can send as many as it likes with each
-//! byte: [`Passed`] counts them, and whoever receives stops at the second. All are owned, so nothing leaks whatever the peer
-//! does.
+//! A message of these protocols carries exactly one descriptor or none; of others, some. A peer can send as many as it likes with
+//! each byte: [`Passed`] counts them, and whoever receives stops at the first too many. All are owned, so nothing leaks whatever
+//! the peer does.
 //!
 //! The last close of a descriptor can hang for as long as its sender likes: a socket that lingers, a file of the
 //! sender's own file system. So nothing here closes one, and neither does the kernel here: a message is looked at first
@@ -17,32 +17,56 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+/// Descriptors with one message at most, whoever sends it. `[linux/net/scm.h SCM_MAX_FD]`
+const MOST: usize = 253;
+
 /// The descriptors that came with a message so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Passed {
     fds: Vec<OwnedFd>,
+    /// Copies of some that did not come yet.
+    shown: Vec<OwnedFd>,
     truncated: bool,
+    most: usize,
+}
+
+impl Default for Passed {
+    fn default() -> Self {
+        Self::up_to(1)
+    }
 }
 
 impl Passed {
+    /// None came yet, and there may be so many.
+    pub fn up_to(most: usize) -> Self {
+        Self { fds: Vec::new(), shown: Vec::new(), truncated: false, most }
+    }
+
     /// Did none come?
     pub fn is_none(&self) -> bool {
         self.fds.is_empty() && !self.truncated
     }
 
-    /// Did more than one come? Then nothing more should be received: it would only bring more.
+    /// Did more come than may? Then nothing more should be received: it would only bring more.
     pub fn is_too_many(&self) -> bool {
-        self.fds.len() > 1 || self.truncated
+        self.fds.len() > self.most || self.truncated
     }
 
-    /// The one that came; `None`, and they all stay here, if it is none or too many.
+    /// The one that came; `None`, and they all stay here, if it is none or more.
     pub fn take_one(&mut self) -> Option<OwnedFd> {
-        if self.is_too_many() { None } else { self.fds.pop() }
+        if self.fds.len() > 1 || self.is_too_many() { None } else { self.fds.pop() }
     }
 
-    /// All of them.
-    pub fn take_all(&mut self) -> Vec<OwnedFd> {
+    /// Those that came.
+    pub fn take_came(&mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.fds)
+    }
+
+    /// All of them, and all else that has to be closed.
+    pub fn take_all(&mut self) -> Vec<OwnedFd> {
+        let mut all = self.take_came();
+        all.append(&mut self.shown);
+        all
     }
 }
 
@@ -52,11 +76,13 @@ impl Passed {
 /// receive from a socket.
 ///
 /// # Errors
-/// Those of recvmsg(2), `WouldBlock` on a non-blocking socket included. `InvalidData`: more than one descriptor came so far;
+/// Those of recvmsg(2), `WouldBlock` on a non-blocking socket included. `InvalidData`: more descriptors came so far than may;
 /// nothing more should be received.
 pub fn receive(socket: impl AsFd, buf: &mut [u8], passed: &mut Passed) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
+    // One more than may come shows that there are too many, and more need not be owned.
+    let room = rustix::cmsg_space!(ScmRights(passed.most.saturating_add(1).min(MOST)));
+    let mut control = RecvAncillaryBuffer::new(space.get_mut(..room).unwrap_or_default());
     let look = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
     let seen = recvmsg(&socket, &mut [IoSliceMut::new(buf)], &mut control, look)?;
     let mut fds = Vec::new();
@@ -65,11 +91,11 @@ pub fn receive(socket: impl AsFd, buf: &mut [u8], passed: &mut Passed) -> io::Re
             fds.extend(some);
         }
     }
-    if fds.len() > 1 || seen.flags.contains(ReturnFlags::CTRUNC) {
+    if fds.len() > passed.most || seen.flags.contains(ReturnFlags::CTRUNC) {
         // Not all of them may be owned, so the message stays where it is.
         passed.fds.extend(fds);
         passed.truncated = true;
-        return Err(too_many());
+        return Err(too_many(passed));
     }
     let buf = buf.get_mut(..seen.bytes).unwrap_or_default();
     if buf.is_empty() {
@@ -78,16 +104,16 @@ pub fn receive(socket: impl AsFd, buf: &mut [u8], passed: &mut Passed) -> io::Re
     // What was seen is there, so this neither waits nor brings other bytes.
     let mut none = RecvAncillaryBuffer::default();
     let taken = recvmsg(&socket, &mut [IoSliceMut::new(buf)], &mut none, RecvFlags::empty())?;
-    // Linux shows with the last bytes of one message also the descriptors of the next. Those are still on the socket, so
-    // that they are closed here is not their last close.
-    if taken.flags.contains(ReturnFlags::CTRUNC) {
-        passed.fds.extend(fds);
-    }
-    if passed.is_too_many() { Err(too_many()) } else { Ok(taken.bytes) }
+    // Linux shows with the last bytes of one message also the descriptors of the next. Those are still on the socket, but
+    // each close of a file may hang, not only the last one.
+    let came = taken.flags.contains(ReturnFlags::CTRUNC);
+    if came { &mut passed.fds } else { &mut passed.shown }.extend(fds);
+    if passed.is_too_many() { Err(too_many(passed)) } else { Ok(taken.bytes) }
 }
 
-fn too_many() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "More than one file descriptor in request")
+fn too_many(passed: &Passed) -> io::Error {
+    let text = if passed.most == 1 { "More than one file descriptor in request" } else { "too many file descriptors" };
+    io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
 /// Sends bytes, and a descriptor with the first of them; returns how many bytes went. A closed peer is an error

@@ -141,6 +141,8 @@ pub struct Arrival {
 #[derive(Debug)]
 pub struct Foreign {
     fd: Option<OwnedFd>,
+    /// To be closed with it.
+    others: Vec<OwnedFd>,
     claim: Option<Claim>,
 }
 
@@ -160,7 +162,7 @@ impl Arrival {
     /// The one that came, if it is one.
     pub fn take_one(mut self) -> Option<Foreign> {
         let fd = self.passed.take_one()?;
-        Some(Foreign { fd: Some(fd), claim: self.claim.take() })
+        Some(Foreign { fd: Some(fd), others: self.passed.take_all(), claim: self.claim.take() })
     }
 }
 
@@ -181,14 +183,16 @@ impl Foreign {
 
     /// Closes it on this thread.
     pub fn close_here(mut self) {
-        drop(self.fd.take());
+        drop((self.fd.take(), std::mem::take(&mut self.others)));
     }
 }
 
 impl Drop for Foreign {
     fn drop(&mut self) {
         if let (Some(fd), Some(claim)) = (self.fd.take(), self.claim.take()) {
-            claim.close(vec![fd]);
+            let mut fds = std::mem::take(&mut self.others);
+            fds.push(fd);
+            claim.close(fds);
         }
     }
 }
@@ -241,7 +245,7 @@ pub(crate) mod tests {
         let closer = Arc::new(Closer::default());
         let share = Arc::new(Semaphore::new(1));
         let claim = Claim::new(Owner { pid: 1, uid: 1 }, closer.clone()).with(share.clone().try_acquire_owned());
-        (Foreign { fd: Some(fd), claim: Some(claim) }, closer, share)
+        (Foreign { fd: Some(fd), others: Vec::new(), claim: Some(claim) }, closer, share)
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Bad input: half requests, floods, stalls, noise, no descriptors, a full disk. Everybody else is served.
 
+use nix::sys::signal::Signal;
 use serde_json::json;
+use std::os::fd::AsFd;
 use tests::image::Noise;
 use tests::nbd::{Client, Headers, Request, cmd, opt};
 use tests::{Daemon, Setup, known_defect, skip};
@@ -270,4 +272,23 @@ fn bytes_that_arrive_one_by_one() {
     assert_eq!(client.reply().error, 0);
     assert_eq!(client.read(100, 50), [4; 50]);
     let _: &Client = &client;
+}
+
+/// Linux refuses to send them since 6.16; before, what came is closed where it holds up nobody.
+#[test]
+fn descriptors_that_nobody_asked_for() {
+    let mut daemon = serving();
+    for _ in 0..3 {
+        let stream = std::os::unix::net::UnixStream::connect(daemon.path("nbd.sock")).unwrap();
+        let (fd, peer) = tests::lingering::socket();
+        daemon.signal(Signal::SIGSTOP);
+        // If it is not sent, this is its last close.
+        let peer = tests::lingering::send(&stream, &[0; 4], &[fd.as_fd()]).map(|_| peer);
+        drop(fd);
+        daemon.signal(Signal::SIGCONT);
+        still_serves(&mut daemon);
+        drop(stream);
+        still_serves(&mut daemon);
+        drop(peer);
+    }
 }

@@ -50,26 +50,27 @@ fn names_belong_to_a_monitor() {
     assert_eq!(qmp.refused("getfd", name("a")), "No file descriptor supplied via SCM_RIGHTS");
     getfd(&mut qmp, "a", &null());
     getfd(&mut qmp, "a", &null());
-    assert_eq!(daemon.open_fds(), before + 1, "the second one takes the first one's place");
+    wait_for("the second one takes the first one's place", || (daemon.open_fds() == before + 1).then_some(()));
     let refusal = pass(&mut qmp, &json!({"execute": "getfd", "arguments": name("1a")}), &[null().as_raw_fd()]);
     assert_eq!(refusal["error"]["desc"], "Parameter 'fdname' expects a name not starting with a digit");
     assert_eq!(other.refused("closefd", name("a")), "File descriptor named 'a' not found");
     qmp.ok("closefd", name("a"));
     assert_eq!(qmp.refused("closefd", name("a")), "File descriptor named 'a' not found");
-    assert_eq!(daemon.open_fds(), before, "everything is closed");
+    wait_for("everything is closed", || (daemon.open_fds() == before).then_some(()));
     // What came with another command is kept until a command wants it; of several, the first one.
     pass(&mut qmp, &json!({"execute": "query-version"}), &[null().as_raw_fd(), null().as_raw_fd()]);
     qmp.ok("getfd", name("late"));
     assert_eq!(qmp.refused("getfd", name("later")), "No file descriptor supplied via SCM_RIGHTS");
     qmp.ok("closefd", name("late"));
-    assert_eq!(daemon.open_fds(), before);
+    wait_for("descriptors to be closed", || (daemon.open_fds() == before).then_some(()));
     // A client that passes without end is bounded, and its end closes what it left.
     let many: Vec<File> = (0..16).map(|_| null()).collect();
     let numbers: Vec<RawFd> = many.iter().map(AsRawFd::as_raw_fd).collect();
     for _ in 0..100 {
         pass(&mut qmp, &json!({"execute": "query-version"}), &numbers);
     }
-    assert!(daemon.open_fds() <= before + 2 * numbers.len(), "{} descriptors", daemon.open_fds());
+    let most = before + 2 * numbers.len();
+    wait_for("descriptors to be closed", || (daemon.open_fds() <= most).then_some(()));
     // Half a request with descriptors, and then the end.
     sendmsg::<()>(
         qmp.stream().as_raw_fd(),
@@ -82,7 +83,8 @@ fn names_belong_to_a_monitor() {
     drop(qmp);
     let mut qmp = daemon.qmp();
     qmp.ok("query-version", json!({}));
-    assert!(daemon.open_fds() <= before + numbers.len(), "{} descriptors", daemon.open_fds());
+    let most = before + numbers.len();
+    wait_for("descriptors to be closed", || (daemon.open_fds() <= most).then_some(()));
 }
 
 #[test]
@@ -285,7 +287,7 @@ fn thousands_of_descriptors_leave_nothing() {
     for name in 0..7 {
         qmp.ok("closefd", json!({"fdname": format!("n{name}")}));
     }
-    assert_eq!(daemon.open_fds(), before);
+    wait_for("descriptors to be closed", || (daemon.open_fds() == before).then_some(()));
 }
 
 /// The Python program of the book's page, as it stands there.

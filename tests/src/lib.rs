@@ -15,6 +15,7 @@
 pub mod blkdriver;
 pub mod daemon;
 pub mod image;
+pub mod lingering;
 pub mod locks;
 pub mod nbd;
 pub mod program;

@@ -9,6 +9,7 @@ mod errors;
 mod foreign;
 mod hostile;
 mod lifecycle;
+mod lingering;
 mod recovery;
 mod requests;
 

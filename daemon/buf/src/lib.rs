@@ -18,5 +18,5 @@ mod pool;
 
 pub use guest::{BadAddress, BadTable, Gather, GuestMemory, Region};
 pub use iobuf::{Backing, IoBuf, Segment, Segments};
-pub use mapping::{Mapping, Window};
+pub use mapping::{Disposal, Mapping, Pages, Window, watch_faults};
 pub use pool::{MAX_ALIGN, pooled_bytes};

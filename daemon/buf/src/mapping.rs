@@ -66,8 +66,11 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
-/// Installs the handler, once in the life of the process.
-fn watch_faults() -> io::Result<()> {
+/// Installs the handler, once in the life of the process; for who makes the first mapping on a thread that may not.
+///
+/// # Errors
+/// The system refuses it.
+pub fn watch_faults() -> io::Result<()> {
     static DONE: OnceLock<i32> = OnceLock::new();
     let errno = *DONE.get_or_init(|| {
         // SAFETY: sigaction is a plain structure for which zeroes are a value; the handler has the type that SA_SIGINFO asks
@@ -89,13 +92,37 @@ fn watch_faults() -> io::Result<()> {
 
 /// A run of bytes of a shared file. All access is by copies and single loads and stores; nobody gets a reference into it.
 pub struct Mapping {
-    /// What mmap(2) was given and gave.
     base: NonNull<u8>,
-    mapped: usize,
     /// Bytes from `base` to the first that was asked for.
     skip: usize,
     len: usize,
     place: &'static Place,
+    /// Until the end.
+    pages: Option<Pages>,
+    disposal: Option<Disposal>,
+}
+
+/// Drops the pages of a mapping: to free the memory of a large guest takes its time, and whoever is done with the last request
+/// that points to it may have other things to do.
+pub type Disposal = Arc<dyn Fn(Pages) + Send + Sync>;
+
+/// What mmap(2) was given and gave. Unmaps it when it is dropped.
+pub struct Pages {
+    base: NonNull<u8>,
+    len: usize,
+    place: &'static Place,
+}
+
+// SAFETY: addresses, which any thread may unmap.
+unsafe impl Send for Pages {}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        self.place.base.store(TAKEN, Ordering::Release);
+        // SAFETY: the owner made the mapping, and whoever points into it has kept the owner alive.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+        self.place.base.store(0, Ordering::Release);
+    }
 }
 
 impl fmt::Debug for Mapping {
@@ -185,7 +212,16 @@ impl Mapping {
         place.torn.store(false, Ordering::Relaxed);
         place.len.store(mapped, Ordering::Relaxed);
         place.base.store(base.as_ptr().expose_provenance(), Ordering::Release);
-        Ok(Self { base, mapped, skip, len, place })
+        let pages = Some(Pages { base, len: mapped, place });
+        Ok(Self { base, skip, len, place, pages, disposal: None })
+    }
+
+    /// The same; in the end `disposal` gets its pages.
+    #[must_use]
+    pub fn disposed_by(self, disposal: Disposal) -> Self {
+        let mut this = self;
+        this.disposal = Some(disposal);
+        this
     }
 
     /// Length in bytes.
@@ -217,10 +253,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        self.place.base.store(TAKEN, Ordering::Release);
-        // SAFETY: this owner made the mapping, and whoever points into it keeps the owner alive.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.mapped) };
-        self.place.base.store(0, Ordering::Release);
+        if let (Some(pages), Some(disposal)) = (self.pages.take(), &self.disposal) {
+            disposal(pages);
+        }
     }
 }
 

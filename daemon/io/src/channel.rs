@@ -3,15 +3,14 @@
 //! It owns its descriptors and gives their flags back. Unlike [`crate::Stream`] it reads into plain memory and takes any sort
 //! of file, for a monitor may be talked to through a pipe, a terminal or the null device.
 
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::task::{Context, Poll};
 
+use ipc::fds::{self, Passed};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{getsockopt, sockopt};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -185,21 +184,21 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
     }
 }
 
-/// Bytes and descriptors of a socket.
+/// Bytes and descriptors of a socket. What is more than may come is closed, but not here.
 fn receive(fd: &OwnedFd, buffer: &mut [u8], passed: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PASSED))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut came = Passed::up_to(usize::MAX);
     let received = loop {
-        let mut into = [IoSliceMut::new(&mut *buffer)];
-        match recvmsg(fd, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Err(rustix::io::Errno::INTR) => {}
-            other => break other?,
+        match fds::receive(fd, buffer, &mut came) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => break other,
         }
     };
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-            passed.extend(descriptors);
-        }
+    let mut some = came.take_came();
+    let mut rest = some.split_off(some.len().min(MAX_PASSED));
+    rest.append(&mut came.take_all());
+    if !rest.is_empty() {
+        crate::foreign::dispose(rest);
     }
-    Ok(received.bytes)
+    passed.extend(some);
+    received
 }

@@ -1,29 +1,32 @@
 //! Event descriptors that another process gave: one that it rings, one that it listens to. `[eventfd(2)]`
 //!
 //! The descriptors are foreign. What is no event counter could keep the thread waiting, so anything that is a file, a device,
-//! a pipe or a socket is refused. So could a counter that its owner has emptied, or filled, at the right moment; but whether it is
+//! a pipe or a socket is refused, without being asked anything, and is closed elsewhere. So could a counter that its owner has emptied, or filled, at the right moment; but whether it is
 //! blocking belongs to its owner, who may wait in a read of it. So it is read with a call that never waits, and one
 //! that could block a write is rung by the kernel, as the signal that a ring of ours has a completion.
 
+use crate::foreign::Foreign;
 use crate::polling::note_event;
 use crate::{ring, threads};
 use io_uring::{IoUring, opcode};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::stat::{SFlag, fstat};
+use rustix::fs::{AtFlags, StatxFlags, statx};
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Checks that it is an anonymous object of the kernel, as event counters are; says whether it never blocks.
-fn check(fd: &OwnedFd) -> io::Result<bool> {
-    let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode & SFlag::S_IFMT.bits());
-    if !kind.is_empty() {
+fn check(fd: &Foreign) -> io::Result<bool> {
+    // Not by fstat: that may ask the server of a file system, which may be the peer.
+    let known = statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+    if u32::from(known.stx_mode) & libc::S_IFMT != 0 {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptor is no event counter"));
     }
     Ok(OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?).contains(OFlag::O_NONBLOCK))
@@ -31,14 +34,14 @@ fn check(fd: &OwnedFd) -> io::Result<bool> {
 
 /// What the other side rings. It belongs to the event loop of the thread that made it.
 #[derive(Debug)]
-pub struct Doorbell(AsyncFd<OwnedFd>);
+pub struct Doorbell(AsyncFd<Foreign>);
 
 impl Doorbell {
     /// Listens to `fd` from now on.
     ///
     /// # Errors
     /// It is no event counter, or no event loop runs here.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+    pub fn new(fd: Foreign) -> io::Result<Self> {
         check(&fd)?;
         if tokio::runtime::Handle::try_current().is_err() {
             return Err(io::Error::other("no event loop runs on this thread"));
@@ -89,11 +92,11 @@ pub struct Bell(How);
 
 enum How {
     /// It never blocks.
-    Write(OwnedFd),
+    Write(Foreign),
     /// It might: the kernel signals it for each completion on this ring.
     Signal(Box<RefCell<IoUring>>),
-    /// It might, and there is no ring to be had.
-    Thread(Arc<OwnedFd>),
+    /// It might, and there is no ring to be had: the peer's own thread rings it, if it is not at it already.
+    Thread(Arc<Foreign>, Arc<AtomicBool>),
 }
 
 impl fmt::Debug for How {
@@ -101,12 +104,12 @@ impl fmt::Debug for How {
         f.write_str(match self {
             Self::Write(_) => "Write",
             Self::Signal(_) => "Signal",
-            Self::Thread(_) => "Thread",
+            Self::Thread(..) => "Thread",
         })
     }
 }
 
-fn write(fd: &OwnedFd) {
+fn write(fd: impl AsFd) {
     // A counter that is full has rung already, and one that takes nothing has nobody who listens.
     let _ = nix::unistd::write(fd, &1u64.to_ne_bytes());
 }
@@ -116,7 +119,7 @@ impl Bell {
     ///
     /// # Errors
     /// It is no event counter; no more threads are started, so no ring is made either.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+    pub fn new(fd: Foreign) -> io::Result<Self> {
         if check(&fd)? {
             return Ok(Self(How::Write(fd)));
         }
@@ -127,7 +130,7 @@ impl Bell {
         })?;
         Ok(Self(match ring {
             Ok(ring) => How::Signal(Box::new(RefCell::new(ring))),
-            Err(_) => How::Thread(Arc::new(fd)),
+            Err(_) => How::Thread(Arc::new(fd), Arc::default()),
         }))
     }
 
@@ -146,9 +149,20 @@ impl Bell {
                     let _ = ring.submit();
                 }
             }
-            How::Thread(fd) => {
-                let fd = Arc::clone(fd);
-                crate::pool::detach(move || write(&fd));
+            How::Thread(fd, busy) => {
+                if busy.swap(true, Ordering::AcqRel) {
+                    return;
+                }
+                let (counter, busy) = (Arc::clone(fd), Arc::clone(busy));
+                let ring = move || {
+                    // Whoever rings from here on is heard by a write of his own.
+                    busy.store(false, Ordering::Release);
+                    write(&*counter);
+                };
+                match fd.lane() {
+                    Some(lane) => lane.execute(ring),
+                    None => crate::pool::detach(ring),
+                }
             }
         }
     }
@@ -158,6 +172,7 @@ impl Bell {
 mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
+    use std::os::fd::OwnedFd;
 
     fn counter(flags: EventfdFlags) -> OwnedFd {
         eventfd(0, flags).unwrap()
@@ -173,7 +188,7 @@ mod tests {
     fn a_counter_rings_whether_it_blocks_or_not() {
         for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
             let ours = counter(flags);
-            let bell = Bell::new(ours.try_clone().unwrap()).unwrap();
+            let bell = Bell::new(Foreign::own(ours.try_clone().unwrap())).unwrap();
             for turn in 1..10 {
                 for _ in 0..turn {
                     bell.ring();
@@ -192,7 +207,7 @@ mod tests {
     fn a_counter_that_is_full_keeps_nobody_waiting() {
         let full = counter(EventfdFlags::empty());
         nix::unistd::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        let bell = Bell::new(full.try_clone().unwrap()).unwrap();
+        let bell = Bell::new(Foreign::own(full.try_clone().unwrap())).unwrap();
         bell.ring();
         bell.ring();
         assert!(count(&full) >= u64::MAX - 1);
@@ -202,7 +217,7 @@ mod tests {
     fn a_counter_that_was_emptied_keeps_nobody_waiting() {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
             let ours = counter(EventfdFlags::empty());
-            let bell = Doorbell::new(ours.try_clone().unwrap()).unwrap();
+            let bell = Doorbell::new(Foreign::own(ours.try_clone().unwrap())).unwrap();
             nix::unistd::write(&ours, &1u64.to_ne_bytes()).unwrap();
             std::future::poll_fn(|cx| bell.poll_rung(cx)).await.unwrap();
             nix::unistd::write(&ours, &3u64.to_ne_bytes()).unwrap();
@@ -223,8 +238,8 @@ mod tests {
     #[test]
     fn other_descriptors_are_refused() {
         let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        assert!(Bell::new(file).is_err());
+        assert!(Bell::new(Foreign::own(file)).is_err());
         let (pipe, _writer) = std::io::pipe().unwrap();
-        assert!(Bell::new(OwnedFd::from(pipe)).is_err());
+        assert!(Bell::new(Foreign::own(pipe.into())).is_err());
     }
 }

@@ -104,7 +104,8 @@ impl FdSets {
         forget_unused(&mut sets);
         let Some(set) = sets.get_mut(&id) else { return false };
         let before = set.members.len();
-        set.members.retain(|member| number.is_some_and(|number| member.fd.as_raw_fd() != number));
+        let goes = |member: &mut Member| number.is_none_or(|number| member.fd.as_raw_fd() == number);
+        crate::foreign::dispose(set.members.extract_if(.., goes).collect::<Vec<_>>());
         let found = number.is_none() || set.members.len() != before;
         forget_unused(&mut sets);
         found

@@ -8,6 +8,9 @@
 //! waits for readiness instead of asking the kernel in vain. (Readiness that arrives meanwhile is not lost: it is
 //! counted, and only what was seen before the call is cleared.)
 //!
+//! Descriptors that come with the bytes are none of a stream's protocols: the peer is hindered from sending any where the kernel
+//! can (SO_PASSRIGHTS, Linux 6.16), and what comes all the same ends the connection and is closed elsewhere ([`crate::foreign`]).
+//!
 //! Room to send is only watched for while it is scarce: a unix socket reports it whenever its peer has taken something, which
 //! would wake the thread once more for each reply.
 
@@ -19,7 +22,9 @@ use nix::errno::Errno;
 use nix::sys::socket::sockopt;
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
 use std::task::{Context, Poll, ready};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -53,6 +58,7 @@ impl Stream {
     /// # Errors
     /// The descriptor cannot be polled, or no event loop runs here.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        refuse_descriptors(&fd);
         Ok(Self { fd: register(fd, Interest::READABLE)?, room: RefCell::default() })
     }
 
@@ -200,9 +206,23 @@ impl Stream {
             room += segment.len;
             count += 1;
         }
-        // SAFETY: the first `count` entries name memory that `bufs` keep valid, and there are BATCH at most.
-        let result = unsafe { libc::readv(self.fd.as_raw_fd(), iov.as_ptr(), count) };
+        // SAFETY: a plain structure, for which zeroes are a value.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        let mut control = [MaybeUninit::<u64>::uninit(); CONTROL];
+        (message.msg_iov, message.msg_iovlen) = (iov.as_mut_ptr(), count);
+        (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control));
+        // SAFETY: the first `count` entries name memory that `bufs` keep valid, there are BATCH at most, and `control` has the
+        // length that is said.
+        let result = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
         let received = usize::try_from(result).map_err(|_| Errno::last())?;
+        if message.msg_controllen != 0 {
+            // SAFETY: the kernel has just filled it.
+            let passed = unsafe { descriptors(&message) };
+            if !passed.is_empty() {
+                crate::foreign::dispose(passed);
+                return Err(Errno::EPROTO);
+            }
+        }
         note_event();
         Ok((received, room))
     }
@@ -264,6 +284,45 @@ impl Stream {
     }
 }
 
+/// Words of room for all descriptors that one message can have, so that the kernel closes none. `[linux/net/scm.h SCM_MAX_FD]`
+const CONTROL: usize = 2 + 253 / 2 + 1;
+
+/// The descriptors that came with a message.
+///
+/// # Safety
+/// recvmsg(2) has filled it, and nobody else takes them.
+unsafe fn descriptors(message: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut found = Vec::new();
+    // SAFETY: by the contract.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(message) };
+    while let Some(header) = NonNull::new(next) {
+        // SAFETY: the macros give places in the filled room, or null, which is the end.
+        unsafe {
+            let one = header.read();
+            if (one.cmsg_level, one.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                let numbers = libc::CMSG_DATA(header.as_ptr()).cast::<RawFd>();
+                let count = one.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
+                found.extend((0..count).map(|at| OwnedFd::from_raw_fd(numbers.add(at).read_unaligned())));
+            }
+            next = libc::CMSG_NXTHDR(message, header.as_ptr());
+        }
+    }
+    found
+}
+
+/// `[linux/asm-generic/socket.h]`
+const SO_PASSRIGHTS: libc::c_int = 83;
+
+/// Hinders peers from sending descriptors to this socket, or to those that it will accept, if the kernel can.
+pub(crate) fn refuse_descriptors(fd: &OwnedFd) {
+    let off: libc::c_int = 0;
+    // A socket that is none of unix, and an older kernel, say no.
+    // SAFETY: the value is a variable of that length.
+    unsafe {
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const off).cast(), 4);
+    }
+}
+
 enum Sent {
     /// All that was offered.
     All,
@@ -297,6 +356,11 @@ impl Listener {
     /// Removes the socket's path when the listener is dropped.
     pub(crate) fn unlink_at_end(self, path: Option<BoundPath>) -> Self {
         Self { _path: path, ..self }
+    }
+
+    /// Hinders whoever connects from sending descriptors, if the kernel can (Linux 6.16).
+    pub fn refuse_descriptors(&self) {
+        refuse_descriptors(self.fd.get_ref());
     }
 
     /// Waits for a connection: a non-blocking descriptor that is closed on exec, for [`Stream::new`] on any thread.

@@ -199,3 +199,31 @@ fn a_listener_accepts_for_any_thread() {
         }
     });
 }
+
+fn send_with(socket: &UnixStream, fd: &OwnedFd) -> rustix::io::Result<usize> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(100))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = vec![std::os::fd::AsFd::as_fd(fd); 100];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(socket, &[std::io::IoSlice::new(b"x")], &mut control, SendFlags::empty())
+}
+
+#[test]
+fn descriptors_end_a_connection_and_are_closed_elsewhere() {
+    on_thread(|| async {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let writer = OwnedFd::from(writer);
+        // Before it is a stream, as on a kernel that cannot refuse them.
+        send_with(&far, &writer).unwrap();
+        let stream = Stream::new(near.into()).unwrap();
+        let error = stream.recv(&IoBuf::alloc(8)).await.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::PROTO.raw_os_error()));
+        if let Ok(1) = send_with(&far, &writer) {
+            stream.recv(&IoBuf::alloc(8)).await.unwrap_err();
+        }
+        drop(writer);
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "none is left open");
+    });
+}

@@ -121,11 +121,10 @@ impl Session {
     }
 
     /// Takes descriptors that came with the bytes which are taken next. They belong to the next request that ends there, unless
-    /// others come before; then they are closed.
-    pub fn passed(&mut self, descriptors: Vec<OwnedFd>) {
-        if !descriptors.is_empty() {
-            self.descriptors = descriptors;
-        }
+    /// others come before; then they come back, to be closed.
+    #[must_use]
+    pub fn passed(&mut self, descriptors: Vec<OwnedFd>) -> Vec<OwnedFd> {
+        if descriptors.is_empty() { descriptors } else { std::mem::replace(&mut self.descriptors, descriptors) }
     }
 
     /// Takes bytes from the front of `input`, all of them unless the session stops wanting input on the way.

@@ -1,7 +1,7 @@
 //! Descriptors that clients pass: by name, each monitor's own, and in sets that all share.
 //!
 //! A descriptor belongs to exactly one place: to the bytes that it came with, to its monitor until a command wants it or others
-//! come, to a name, to a set. Whoever drops it closes it. The sets themselves are in [`io::fdset`], for files are opened
+//! come, to a name, to a set. Whoever has no more use for it gives it to [`io::dispose`], for a close may hang. The sets themselves are in [`io::fdset`], for files are opened
 //! through them everywhere.
 
 use super::Control;
@@ -35,7 +35,10 @@ impl Caller {
 
     /// These came. Those that were there before are closed.
     pub fn pass(&self, descriptors: Vec<OwnedFd>) {
-        *self.passed() = descriptors;
+        let former = std::mem::replace(&mut *self.passed(), descriptors);
+        if !former.is_empty() {
+            io::dispose(former);
+        }
     }
 }
 
@@ -65,7 +68,12 @@ impl Descriptors {
 
     /// The descriptor that came with the command, or last before it; others that came with it are closed.
     fn take_passed(&self) -> Result<OwnedFd> {
-        let first = self.caller.as_ref().and_then(|caller| std::mem::take(&mut *caller.passed()).into_iter().next());
+        let all = self.caller.as_ref().map(|caller| std::mem::take(&mut *caller.passed()));
+        let mut all = all.unwrap_or_default().into_iter();
+        let first = all.next();
+        if all.len() > 0 {
+            io::dispose(all);
+        }
         first.ok_or_else(|| Error::generic("No file descriptor supplied via SCM_RIGHTS"))
     }
 
@@ -104,6 +112,7 @@ impl Descriptors {
             return Err(Error::generic(format!("File descriptor named '{}' has not been found", address.str)));
         };
         if !socket::is_socket(&fd) {
+            io::dispose(fd);
             return Err(Error::generic(format!("File descriptor '{}' is not a socket", address.str)));
         }
         address.str = fd.as_raw_fd().to_string();
@@ -119,22 +128,31 @@ impl Control {
     pub(super) async fn getfd(&mut self, args: Getfd) -> Result<()> {
         let fd = self.descriptors.take_passed()?;
         if args.fdname.starts_with(|c: char| c.is_ascii_digit()) {
+            io::dispose(fd);
             return Err(Error::generic("Parameter 'fdname' expects a name not starting with a digit"));
         }
         let key = self.descriptors.key(&args.fdname);
-        self.descriptors.named.insert(key, fd);
+        if let Some(former) = self.descriptors.named.insert(key, fd) {
+            io::dispose(former);
+        }
         Ok(())
     }
 
     pub(super) async fn closefd(&mut self, args: Closefd) -> Result<()> {
         let key = self.descriptors.key(&args.fdname);
-        self.descriptors.named.remove(&key).map(drop).ok_or_else(|| not_found(&args.fdname))
+        self.descriptors.named.remove(&key).map(io::dispose).ok_or_else(|| not_found(&args.fdname))
     }
 
     pub(super) async fn add_fd(&mut self, args: AddFd) -> Result<AddfdInfo> {
         let fd = self.descriptors.take_passed()?;
         let wrong = |_| Error::generic("Parameter 'fdset-id' expects a non-negative value");
-        let id = args.fdset_id.map(u64::try_from).transpose().map_err(wrong)?;
+        let id = match args.fdset_id.map(u64::try_from).transpose().map_err(wrong) {
+            Ok(id) => id,
+            Err(error) => {
+                io::dispose(fd);
+                return Err(error);
+            }
+        };
         let (id, fd) = self.descriptors.sets.add(id, fd, args.opaque);
         Ok(AddfdInfo { fdset_id: i64::try_from(id).unwrap_or(i64::MAX), fd: fd.into() })
     }

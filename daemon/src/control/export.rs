@@ -12,8 +12,8 @@ use export::nbd::{NbdDriver, NbdServer, NbdServerParams};
 use export::vduse::VduseBlkDriver;
 use export::vhost_user_blk::VhostUserBlkDriver;
 use export::{Export, ExportDriver, ExportParams, Resize, Resized};
-use io::IoThread;
 use io::socket;
+use io::{IoThread, Listener};
 use qapi::types::export::{
     BlockExportDel, BlockExportDeleted, BlockExportInfo, BlockExportIothreads, BlockExportOnError, BlockExportOptions,
     BlockExportOptionsNbd, BlockExportOptionsNbdBase, BlockExportRemoveMode, BlockExportStatistics,
@@ -121,6 +121,7 @@ impl Control {
             return Err(Error::generic("NBD server already running"));
         }
         let listeners = socket::listen(&options.addr).await?;
+        listeners.iter().for_each(Listener::refuse_descriptors);
         let seconds = u64::from(options.handshake_max_seconds);
         let params = NbdServerParams {
             handshake_limit: (seconds > 0).then(|| Duration::from_secs(seconds)),

@@ -11,7 +11,7 @@ use crate::virtio_blk::config::{Geometry, feature};
 use crate::virtio_blk::queue::{Interrupt, MemorySource, Shared};
 use crate::virtio_blk::ring::{Broken, MAX_SIZE, RingAddresses, RingFeatures};
 use crate::virtio_blk::vring::{InflightRegion, Surroundings, Vring};
-use io::{IoThread, VDUSE_MESSAGE, VduseDevice, VduseQueue, VduseRegion};
+use io::{Foreign, IoThread, VDUSE_MESSAGE, VduseDevice, VduseQueue, VduseRegion};
 use rustix::event::{EventfdFlags, eventfd};
 use std::fmt;
 use std::future::poll_fn;
@@ -276,7 +276,7 @@ impl<'a> Device<'a> {
                 thread: thread.ok_or_else(|| std::io::Error::other("no iothread"))?,
                 failures: &self.fail,
             };
-            let started = vring.kick(at, Some(kick), &around).await;
+            let started = vring.kick(at, Some(Foreign::own(kick)), &around).await;
             started.map_err(|broken| std::io::Error::other(format!("queue {index}: {broken}")))?;
             self.parts.drivers.send_replace(1);
         }

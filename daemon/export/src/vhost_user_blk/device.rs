@@ -2,16 +2,18 @@
 //!
 //! One task reads the messages and answers them in order; rings run on tasks of their own. The front-end is hostile: what it
 //! says is checked before it changes anything, a message that cannot be taken gets an error if the front-end asked to hear of
-//! it, and ends the connection otherwise. When it is gone, rings stop when their requests are done.
+//! it, and ends the connection otherwise. When it is gone, rings stop when their requests are done. Its files are looked at, unmapped
+//! and closed on its [`Lane`], for they may answer when they like.
 
 use super::wire::{self, HEADER, Header, InflightInfo, MAX_FDS, Malformed, Message, RegionInfo, protocol};
+use crate::lifetime::Lifetime;
 use crate::virtio_blk::config::{CONFIG_LEN, Geometry, WCE_AT, feature};
 use crate::virtio_blk::log::DirtyLog;
 use crate::virtio_blk::queue::{Interrupt, Shared};
 use crate::virtio_blk::ring::{Broken, MAX_SIZE, RingFeatures};
 use crate::virtio_blk::vring::{InflightRegion, Surroundings, Vring};
 use buf::{GuestMemory, Mapping, Region};
-use io::{Bell, IoThread, MessageSocket};
+use io::{Bell, Foreign, IoThread, Lane, MessageSocket};
 use std::fmt;
 use std::future::poll_fn;
 use std::os::fd::{AsFd, OwnedFd};
@@ -76,12 +78,12 @@ fn word(value: u64) -> Answer {
 /// Reads messages whole; what came in of one stays when the reading is interrupted.
 struct Reader {
     bytes: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    fds: Vec<Foreign>,
 }
 
 impl Reader {
     /// The next message; none at the end of the stream.
-    async fn next(&mut self, socket: &MessageSocket) -> Result<Option<(Header, Vec<u8>, Vec<OwnedFd>)>, Refused> {
+    async fn next(&mut self, socket: &MessageSocket) -> Result<Option<(Header, Vec<u8>, Vec<Foreign>)>, Refused> {
         loop {
             let wanted = match self.bytes.first_chunk::<HEADER>() {
                 None => HEADER,
@@ -128,6 +130,9 @@ pub(crate) struct Parts {
 /// One front-end's view.
 pub(crate) struct Device<'a> {
     parts: &'a Parts,
+    lifetime: &'a Lifetime,
+    /// For all that the front-end sends.
+    lane: Lane,
     socket: MessageSocket,
     features: u64,
     protocol: u64,
@@ -143,11 +148,13 @@ pub(crate) struct Device<'a> {
 }
 
 impl<'a> Device<'a> {
-    pub(crate) fn new(parts: &'a Parts, socket: MessageSocket) -> Self {
+    pub(crate) fn new(parts: &'a Parts, lifetime: &'a Lifetime, socket: MessageSocket, lane: Lane) -> Self {
         let vrings = (0..parts.geometry.queues).map(|_| Vring::default()).collect();
         let (fail, failures) = mpsc::unbounded_channel();
         let this = Self {
             parts,
+            lifetime,
+            lane,
             socket,
             features: 0,
             protocol: 0,
@@ -164,12 +171,12 @@ impl<'a> Device<'a> {
         this
     }
 
-    /// Serves the front-end until it leaves, breaks the protocol, or `closing` resolves. All rings have stopped then.
+    /// Serves the front-end until it leaves, breaks the protocol, or the export is to end. All rings have stopped then.
     ///
     /// # Errors
     /// Why the connection was ended, if the front-end is to blame.
-    pub(crate) async fn run(mut self, closing: impl Future<Output = ()>) -> Result<(), Refused> {
-        let mut closing = pin!(closing);
+    pub(crate) async fn run(mut self) -> Result<(), Refused> {
+        let mut closing = pin!(self.lifetime.ending());
         let mut reader = Reader { bytes: Vec::new(), fds: Vec::new() };
         let mut resized = self.parts.resized.clone();
         resized.mark_unchanged();
@@ -220,7 +227,7 @@ impl<'a> Device<'a> {
         &mut self,
         header: Header,
         payload: &[u8],
-        fds: Vec<OwnedFd>,
+        fds: Vec<Foreign>,
     ) -> Result<(Option<(Vec<u8>, Option<OwnedFd>)>, Option<Refused>), Refused> {
         let message = Message::decode(header.request, payload)?;
         let (least, most) = message.descriptors();
@@ -243,7 +250,7 @@ impl<'a> Device<'a> {
         vring.ok_or_else(|| Refused(format!("there is no queue {index}")))
     }
 
-    async fn take(&mut self, message: Message, fds: Vec<OwnedFd>) -> Result<Answer, Refused> {
+    async fn take(&mut self, message: Message, fds: Vec<Foreign>) -> Result<Answer, Refused> {
         let mut fds = fds.into_iter();
         match message {
             Message::GetFeatures => return Ok(word(offered(&self.parts.geometry))),
@@ -276,8 +283,10 @@ impl<'a> Device<'a> {
             }
             Message::GetStatus => return Ok(word(self.status)),
             Message::SetMemTable(table) => {
-                let regions =
-                    table.iter().zip(fds).map(|(info, fd)| map_region(info, &fd)).collect::<Result<_, _>>()?;
+                let mut regions = Vec::new();
+                for (info, fd) in table.iter().zip(fds) {
+                    regions.push(self.map_region(info, fd).await?);
+                }
                 self.set_memory(regions).await?;
             }
             Message::AddMemReg(info) => {
@@ -286,7 +295,7 @@ impl<'a> Device<'a> {
                 if regions.len() >= MAX_REGIONS {
                     return refused("too many memory regions");
                 }
-                regions.push(map_region(&info, &fd)?);
+                regions.push(self.map_region(&info, fd).await?);
                 self.set_memory(regions).await?;
             }
             Message::RemMemReg(info) => {
@@ -301,7 +310,7 @@ impl<'a> Device<'a> {
             }
             Message::SetLogBase { size, offset } => {
                 let fd = fds.next().ok_or(Refused("no descriptor".to_owned()))?;
-                let map = Arc::new(Mapping::new(fd.as_fd(), offset, size)?);
+                let map = self.map(fd, offset, size).await?;
                 self.log = DirtyLog::new(&map).map(Arc::new);
                 self.update_log().await;
                 return Ok(if self.protocol & protocol::LOG_SHMFD != 0 { word(0) } else { Answer::Ack });
@@ -351,7 +360,7 @@ impl<'a> Device<'a> {
             Message::SetVringEnable { index, enable } => self.vring(index)?.set_enabled(enable).await,
             Message::SetBackendReqFd => {
                 let fd = fds.next().ok_or(Refused("no descriptor".to_owned()))?;
-                self.backend = Some(MessageSocket::new(fd)?);
+                self.backend = Some(MessageSocket::of(fd, &self.lane)?);
             }
             Message::GetConfig { offset, size, flags } => return self.config(offset, size, flags),
             Message::SetConfig { offset, bytes, .. } => self.set_config(offset, &bytes).await?,
@@ -364,7 +373,7 @@ impl<'a> Device<'a> {
                 if size < InflightRegion::len(queues, queue_size, packed) {
                     return refused("the inflight region is too small");
                 }
-                let map = Arc::new(Mapping::new(fd.as_fd(), offset, size)?);
+                let map = self.map(fd, offset, size).await?;
                 self.inflight = Some(InflightRegion { map, start: 0, queues, queue_size, packed });
             }
             Message::Unknown(kind) => return refused(format!("message {kind} is not supported")),
@@ -441,7 +450,7 @@ impl<'a> Device<'a> {
         Ok(())
     }
 
-    async fn kick(&mut self, index: u32, kick: Option<OwnedFd>) -> Result<(), Refused> {
+    async fn kick(&mut self, index: u32, kick: Option<Foreign>) -> Result<(), Refused> {
         let at = usize::try_from(index).map_err(|_| Refused(format!("there is no queue {index}")))?;
         let threads = &self.parts.threads;
         let thread = at.checked_rem(threads.len()).and_then(|turn| threads.get(turn));
@@ -542,9 +551,22 @@ impl<'a> Device<'a> {
             .await;
         }
     }
-}
 
-fn map_region(info: &RegionInfo, fd: &OwnedFd) -> Result<Region, Refused> {
-    let map = Mapping::new(fd.as_fd(), info.offset, info.size)?;
-    Ok(Region { guest: info.guest, monitor: info.monitor, map: Arc::new(map) })
+    /// Maps a file of the front-end's.
+    async fn map(&self, fd: Foreign, offset: u64, size: u64) -> Result<Arc<Mapping>, Refused> {
+        buf::watch_faults()?;
+        let disposal = self.lane.disposal();
+        let map = move || Mapping::new(fd.as_fd(), offset, size).map(|map| map.disposed_by(disposal));
+        tokio::select! {
+            biased;
+            () = self.lifetime.ending() => refused("the export ends"),
+            () = self.socket.gone() => refused("the front-end left"),
+            map = self.lane.run(map) => Ok(Arc::new(map??)),
+        }
+    }
+
+    async fn map_region(&self, info: &RegionInfo, fd: Foreign) -> Result<Region, Refused> {
+        let map = self.map(fd, info.offset, info.size).await?;
+        Ok(Region { guest: info.guest, monitor: info.monitor, map })
+    }
 }

@@ -9,7 +9,7 @@ use crate::virtio_blk::request::Limits;
 use crate::{Export, ExportDriver, ExportParams};
 use block::Disk;
 use block::driver::LocalFuture;
-use io::{Listener, MessageSocket, socket};
+use io::{Lane, Listener, MessageSocket, socket};
 use qapi::types::export::BlockExportOptionsVhostUserBlk;
 use qapi::types::sockets::SocketAddressVariant;
 use qapi::{Error, Result};
@@ -20,6 +20,10 @@ use tokio::sync::watch;
 
 /// How long accepting pauses when the system is short of descriptors or memory.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
+/// Connections that ended and left something that cannot be closed: with so many of them no further one is taken.
+const MAX_FORMER: usize = 8;
+/// How long the end of the listener is waited for at most.
+const LISTENER_END: Duration = Duration::from_secs(1);
 /// What a guest sees as serial number if the user gives none. `[reference]`
 const SERIAL: &str = "vhost_user_blk";
 
@@ -91,10 +95,16 @@ async fn start(options: &BlockExportOptionsVhostUserBlk, params: ExportParams) -
 /// Serves one front-end after the other until the export is to close.
 async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Parts) {
     let mut short = false;
-    while let Some(accepted) = next_client(&listeners, export).await {
-        let socket = accepted.and_then(MessageSocket::new);
-        let socket = match socket {
-            Ok(socket) => socket,
+    // Of those that left with something that cannot be closed yet.
+    let mut former: Vec<Lane> = Vec::new();
+    while let Some(accepted) = next_client(&listeners, &former, export).await {
+        former.retain(|lane| !lane.is_idle());
+        let connected = accepted.and_then(|fd| {
+            let lane = Lane::start("front-end")?;
+            Ok((MessageSocket::new(fd, &lane)?, lane))
+        });
+        let (socket, lane) = match connected {
+            Ok(connected) => connected,
             Err(error) => {
                 if !std::mem::replace(&mut short, true) {
                     tracing::warn!(target: "vhost_user_blk_accept", %error, export = export.id, "cannot accept a connection, and keeps trying");
@@ -106,7 +116,8 @@ async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Pa
         short = false;
         export.connected.store(true, Ordering::Relaxed);
         tracing::debug!(target: "vhost_user_blk_connected", export = export.id);
-        let result = Device::new(parts, socket).run(export.lifetime.ending()).await;
+        let result = Device::new(parts, &export.lifetime, socket, lane.clone()).run().await;
+        former.push(lane);
         export.connected.store(false, Ordering::Relaxed);
         match result {
             Ok(()) => tracing::debug!(target: "vhost_user_blk_left", export = export.id, "front-end left"),
@@ -115,11 +126,18 @@ async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Pa
             }
         }
     }
+    // Who waits may have sent something, which is closed with the listener.
+    if let Ok(lane) = Lane::start("front-end") {
+        lane.dispose(listeners.into_iter().map(Listener::into_fd).collect::<Vec<_>>());
+        // Usually at once, so that the name is free for the next export.
+        let _ = tokio::time::timeout(LISTENER_END, lane.idle()).await;
+    }
 }
 
-/// The next connection of any listener; none when the export is to close.
+/// The next connection of any listener, when not too many `former` ones are left; none when the export is to close.
 async fn next_client(
     listeners: &[Listener],
+    former: &[Lane],
     export: &VhostUserBlkExport,
 ) -> Option<std::io::Result<std::os::fd::OwnedFd>> {
     let mut waiting: Vec<_> = listeners.iter().map(|listener| Box::pin(listener.accept())).collect();
@@ -130,6 +148,12 @@ async fn next_client(
         });
         ready.map_or(std::task::Poll::Pending, std::task::Poll::Ready)
     });
+    let any = async {
+        if let (Some(oldest), MAX_FORMER..) = (former.first(), former.len()) {
+            oldest.idle().await;
+        }
+        any.await
+    };
     tokio::select! {
         biased;
         () = export.lifetime.ending() => None,

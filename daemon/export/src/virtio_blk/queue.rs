@@ -14,9 +14,8 @@ use super::ring::{Broken, Chain, Ring, RingAddresses, Taken};
 use crate::slots::Slots;
 use block::Disk;
 use buf::{GuestMemory, IoBuf};
-use io::{Bell, Doorbell, Look, Watched};
+use io::{Bell, Doorbell, Foreign, Look, Watched};
 use std::cell::{Cell, RefCell};
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,7 +67,7 @@ pub(crate) struct Setup {
     pub left: Vec<Taken>,
     pub log: Option<Arc<DirtyLog>>,
     pub enabled: bool,
-    pub kick: Option<OwnedFd>,
+    pub kick: Option<Foreign>,
     pub call: Option<Box<dyn Interrupt>>,
     pub shared: Arc<Shared>,
 }
@@ -76,7 +75,7 @@ pub(crate) struct Setup {
 /// A change to a running ring.
 pub(crate) enum Change {
     Enable(bool),
-    Kick(Option<OwnedFd>),
+    Kick(Option<Foreign>),
     Call(Option<Box<dyn Interrupt>>),
     /// The guest's memory, and where the ring lies, are these from now on.
     Memory(Arc<GuestMemory>, RingAddresses),

@@ -5,8 +5,7 @@ use super::log::DirtyLog;
 use super::queue::{self, Change, Ended, Interrupt, MemorySource, Order, Setup, Shared};
 use super::ring::{Broken, Ring, RingAddresses, RingFeatures};
 use buf::{GuestMemory, Mapping};
-use io::{Bell, IoThread};
-use std::os::fd::OwnedFd;
+use io::{Bell, Foreign, IoThread};
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
@@ -137,7 +136,7 @@ impl Vring {
     pub(crate) async fn kick(
         &mut self,
         index: usize,
-        kick: Option<OwnedFd>,
+        kick: Option<Foreign>,
         around: &Surroundings<'_>,
     ) -> Result<Option<bool>, Broken> {
         if self.is_running() {
