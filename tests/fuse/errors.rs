@@ -106,3 +106,31 @@ fn other_errors_go_to_the_client_and_are_told() {
         assert_eq!((&event["action"], &event["nospace"]), (&json!("report"), &json!(false)));
     }
 }
+
+/// Each write is durable before it is acknowledged, as a log of what reaches the medium shows. `[Linux dm-log-writes]`
+#[test]
+fn writethrough_waits_for_the_medium() {
+    const SECTOR: u64 = 512;
+    const FLUSH: u64 = 1;
+    const FUA: u64 = 2;
+    for option in ["off", "on"] {
+        let setup = Setup::new()
+            .image("a.img", MIB)
+            .image("log", 0)
+            .line("--blockdev file,node-name=p,filename=a.img --blockdev file,node-name=l,filename=log")
+            .line("--blockdev blklogwrites,node-name=f,file=p,log=l");
+        let options = format!(",writable=on,writethrough={option}");
+        let Some(mounted) = Mounted::start(setup, &options) else { skip!("no FUSE here") };
+        // Open until the end: to close it would flush.
+        let file = mounted.open();
+        file.write_all_at(&[7; 4096], 8192).unwrap();
+        let log = std::fs::read(mounted.daemon.path("log")).unwrap();
+        // The flags of the entry there; the data come a sector after it.
+        let flags = |at: u64| {
+            let from = usize::try_from(at).unwrap() + 16;
+            log.get(from..from + 8).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()))
+        };
+        let durable = flags(SECTOR) & FUA != 0 || flags(2 * SECTOR + 4096) & FLUSH != 0;
+        assert_eq!(durable, option == "on", "{option}");
+    }
+}

@@ -6,9 +6,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::signal::Signal;
 use serde_json::json;
+use tests::qmp::Client;
 use tests::{Setup, known_defect, on_reference, skip};
 
 use crate::{MIB, Mounted, is_mounted, raw, says_gone};
@@ -81,22 +82,24 @@ fn a_killed_daemon_leaves_a_mount_that_says_so() {
     assert!(!is_mounted(&mounted.path()));
 }
 
-/// A program is killed while it waits for the image: it goes when its request is done, and nothing of it stays behind.
-#[test]
-fn a_reader_that_is_killed_holds_nobody_up() {
-    if on_reference() {
-        skip!("its nodes do not tell how many requests they have");
-    }
+/// An export whose reads wait until [`let_go`]; none where there is no FUSE.
+fn holding() -> Option<Mounted> {
     let setup = Setup::new()
         .image("a.img", MIB)
         .line("--object throttle-group,id=g,x-iops-total=1")
         .line("--blockdev file,node-name=p,filename=a.img")
         .line("--blockdev throttle,node-name=f,file=p,throttle-group=g");
-    let Some(mounted) = Mounted::start(setup, "") else { skip!("no FUSE here") };
+    Mounted::start(setup, "")
+}
+
+fn let_go(qmp: &mut Client) {
+    qmp.ok("qom-set", json!({"path": "/objects/g", "property": "limits", "value": {"iops-total": 0}}));
+}
+
+/// A program that reads the file, and waits for the second of its requests.
+fn held_reader(mounted: &Mounted, qmp: &mut Client) -> std::process::Child {
     let command = ["if=".to_owned() + &mounted.name(), "of=/dev/null".to_owned(), "bs=4k".to_owned()];
-    let mut reader =
-        std::process::Command::new("dd").args(command).stderr(std::process::Stdio::null()).spawn().unwrap();
-    let mut qmp = mounted.daemon.qmp();
+    let reader = std::process::Command::new("dd").args(command).stderr(std::process::Stdio::null()).spawn().unwrap();
     tests::wait_for("a request to wait for its turn", || {
         let stats = qmp.ok("query-blockstats", json!({"query-nodes": true}));
         stats
@@ -106,11 +109,82 @@ fn a_reader_that_is_killed_holds_nobody_up() {
             .any(|one| one["node-name"] == "p" && one["stats"]["rd_operations"] == 1)
             .then_some(())
     });
+    reader
+}
+
+/// A program is killed while it waits for the image: it goes when its request is done, and nothing of it stays behind.
+#[test]
+fn a_reader_that_is_killed_holds_nobody_up() {
+    if on_reference() {
+        skip!("its nodes do not tell how many requests they have");
+    }
+    let Some(mounted) = holding() else { skip!("no FUSE here") };
+    let mut qmp = mounted.daemon.qmp();
+    let mut reader = held_reader(&mounted, &mut qmp);
     reader.kill().unwrap();
-    qmp.ok("qom-set", json!({"path": "/objects/g", "property": "limits", "value": {"iops-total": 0}}));
+    let_go(&mut qmp);
     assert!(!reader.wait().unwrap().success());
     assert_eq!(fs::read(mounted.path()).unwrap().len(), usize::try_from(MIB).unwrap());
     umount2(&mounted.path(), MntFlags::empty()).unwrap_or_else(|error| panic!("something still uses it: {error}"));
+}
+
+/// A signal that a program handles, while it waits: the kernel asks for the request to be interrupted, which goes on to its end.
+#[test]
+fn a_signal_leaves_a_request_whole() {
+    if on_reference() {
+        skip!("its nodes do not tell how many requests they have");
+    }
+    let Some(mounted) = holding() else { skip!("no FUSE here") };
+    let mut qmp = mounted.daemon.qmp();
+    let mut reader = held_reader(&mounted, &mut qmp);
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(reader.id()).unwrap());
+    for _ in 0..3 {
+        nix::sys::signal::kill(pid, Signal::SIGUSR1).unwrap();
+    }
+    let_go(&mut qmp);
+    assert!(reader.wait().unwrap().success(), "all was read");
+}
+
+/// The connection is cut by force while a request is in the daemon, and nobody wants its reply any more.
+#[test]
+fn an_export_whose_connection_is_cut_ends() {
+    if on_reference() {
+        skip!("an export whose mount has gone stays there, and its nodes do not tell how many requests they have");
+    }
+    let Some(mut mounted) = holding() else { skip!("no FUSE here") };
+    let mut qmp = mounted.daemon.qmp();
+    let mut reader = held_reader(&mounted, &mut qmp);
+    // It is in use, but that is known only after what waits was sent away.
+    let cut = umount2(&mounted.path(), MntFlags::MNT_FORCE);
+    assert!(matches!(cut, Ok(()) | Err(Errno::EBUSY)), "{cut:?}");
+    assert!(!reader.wait().unwrap().success());
+    let_go(&mut qmp);
+    assert_eq!(qmp.event("BLOCK_EXPORT_DELETED")["id"], "e");
+    assert!(!is_mounted(&mounted.path()));
+    assert_eq!(qmp.ok("query-block-exports", json!({})), json!([]));
+    drop(qmp);
+    mounted.daemon.stop();
+}
+
+/// An administrator forbids writing for a while.
+#[test]
+fn a_mount_is_changed_while_it_is_served() {
+    let Some(mut mounted) = Mounted::start(raw(MIB), ",writable=on") else { skip!("no FUSE here") };
+    let remount = |flags: MsFlags| {
+        let none: Option<&str> = None;
+        nix::mount::mount(none, &mounted.path(), none, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | flags, none)
+    };
+    if remount(MsFlags::MS_RDONLY) == Err(Errno::EPERM) {
+        skip!("only root changes mounts");
+    }
+    let error = fs::OpenOptions::new().write(true).open(mounted.path()).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(Errno::EROFS as i32));
+    assert_eq!(fs::read(mounted.path()).unwrap().len(), 1 << 20);
+    remount(MsFlags::empty()).unwrap();
+    mounted.open().write_all_at(b"again", 0).unwrap();
+    mounted.daemon.stop();
+    assert!(!is_mounted(&mounted.path()));
+    assert!(fs::read(mounted.daemon.path("a.img")).unwrap().starts_with(b"again"));
 }
 
 #[test]

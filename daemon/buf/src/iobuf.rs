@@ -338,6 +338,22 @@ mod tests {
     }
 
     #[test]
+    fn large_buffers_are_parts_of_one_block_and_apart() {
+        let sizes = [512 << 10, 1 << 20, 300 << 10, 512 << 10, 1 << 20, 2 << 20, 3 << 20, 6 << 20, 5_000_000];
+        let bufs: Vec<_> = sizes.iter().map(|size| IoBuf::alloc(*size)).collect();
+        for (byte, buf) in (1..).zip(&bufs) {
+            assert!(buf.is_aligned(4096, 1) && buf.is_zero(), "nobody had it before");
+            buf.fill(byte);
+        }
+        for (byte, buf) in (1..).zip(&bufs) {
+            assert!(buf.to_vec().iter().all(|found| *found == byte), "{} bytes", buf.len());
+        }
+        let kept = bufs.first().map(|buf| buf.slice(0, 4096));
+        std::thread::spawn(move || drop(bufs)).join().unwrap();
+        assert!(kept.unwrap().to_vec().iter().all(|found| *found == 1), "the block stays as long as a part of it");
+    }
+
+    #[test]
     fn the_pool_is_bounded() {
         let many: Vec<_> = (0..40).map(|_| IoBuf::alloc(1 << 20)).collect();
         drop(many);

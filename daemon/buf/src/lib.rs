@@ -12,6 +12,7 @@
 #![expect(unsafe_code, reason = "owns raw memory that the kernel or a guest shares")]
 
 mod guest;
+mod huge;
 mod iobuf;
 mod mapping;
 mod pool;

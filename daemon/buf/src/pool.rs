@@ -4,7 +4,10 @@
 //! buffers come from and return to the allocator. A buffer that is freed on another thread stays there; as both ends of a
 //! request are on one IOThread (law 4) the lists do not drift. Recycled memory keeps its old bytes: whoever allocates
 //! for a peer fills all of it before it is shown to that peer.
+//!
+//! Large buffers are parts of blocks in huge pages, which are given back when none of their parts is left.
 
+use crate::huge::{Block, HUGE_PAGE};
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::ptr::NonNull;
@@ -16,6 +19,8 @@ pub const MAX_ALIGN: usize = 4096;
 const MIN_CLASS: usize = MAX_ALIGN;
 const MAX_CLASS: usize = 4 << 20;
 const CLASSES: usize = MAX_CLASS.ilog2() as usize - MIN_CLASS.ilog2() as usize + 1;
+/// Buffers from this length on lie in huge pages.
+const HUGE_FROM: usize = 512 << 10;
 /// What one thread may keep, in bytes: the eight requests of 2 MiB that a copying client has in flight, twice.
 const KEEP_BYTES: usize = 32 << 20;
 
@@ -23,6 +28,8 @@ const KEEP_BYTES: usize = 32 << 20;
 pub(crate) struct PoolBuf {
     ptr: NonNull<u8>,
     layout: Layout,
+    /// What it is a part of; else it is the allocator's.
+    block: Option<Arc<Block>>,
 }
 
 // SAFETY: the memory belongs to the PoolBuf alone until it is dropped, and is only reached through raw copies.
@@ -39,26 +46,57 @@ impl PoolBuf {
         let Ok(layout) = Layout::from_size_align(len, MAX_ALIGN) else {
             handle_alloc_error(Layout::new::<u8>());
         };
+        if len >= HUGE_FROM && len.is_multiple_of(HUGE_FROM) {
+            let Some((block, ptr)) = part(len) else { handle_alloc_error(layout) };
+            return Self { ptr, layout, block: Some(block) };
+        }
         // SAFETY: `len` is at least MIN_CLASS, so the layout is not of size zero.
         let Some(ptr) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
         // Fresh memory is zeroed once, so that not even a bug shows a peer what the allocator had there before.
         // SAFETY: the allocation has `len` bytes and nobody else knows it.
         unsafe { ptr.write_bytes(0, len) };
-        Self { ptr, layout }
+        Self { ptr, layout, block: None }
     }
 }
 
 impl Drop for PoolBuf {
     fn drop(&mut self) {
-        // SAFETY: `ptr` came from `alloc` with this very layout and is freed once, here.
-        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+        if self.block.is_none() {
+            // SAFETY: `ptr` came from `alloc` with this very layout and is freed once, here.
+            unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+        }
     }
+}
+
+/// `len` bytes, a multiple of [`HUGE_FROM`], of a block that nobody else has: of the one that the thread has begun, if they fit there.
+fn part(len: usize) -> Option<(Arc<Block>, NonNull<u8>)> {
+    let fresh = || Block::new(len.max(HUGE_PAGE));
+    // A thread that ends has no lists any more: what is left of its block is then nobody's.
+    let cut = FREE.try_with(|free| {
+        let mut free = free.borrow_mut();
+        let (block, used) = match free.begun.take() {
+            Some((block, used)) if block.len() - used >= len => (block, used),
+            _ => (fresh()?, 0),
+        };
+        let ptr = block.at(used)?;
+        if used + len < block.len() {
+            free.begun = Some((Arc::clone(&block), used + len));
+        }
+        Some((block, ptr))
+    });
+    cut.unwrap_or_else(|_| {
+        let block = fresh()?;
+        let ptr = block.at(0)?;
+        Some((block, ptr))
+    })
 }
 
 #[derive(Default)]
 struct Free {
     classes: [Vec<Arc<PoolBuf>>; CLASSES],
     bytes: usize,
+    /// A block of which parts are left, and where they begin.
+    begun: Option<(Arc<Block>, usize)>,
 }
 
 thread_local! {
@@ -99,7 +137,7 @@ pub(crate) fn give(mut buf: Arc<PoolBuf>) {
     let Some(class) = class_of(size) else { return };
     // While the thread ends there is no list any more: the buffer is then simply freed.
     let _ = FREE.try_with(|free| {
-        let Free { classes, bytes } = &mut *free.borrow_mut();
+        let Free { classes, bytes, .. } = &mut *free.borrow_mut();
         if let Some(list) = classes.get_mut(class)
             && *bytes + size <= KEEP_BYTES
         {

@@ -16,6 +16,7 @@
 pub mod fuse;
 mod lifetime;
 pub mod nbd;
+mod patience;
 mod slots;
 pub mod vduse;
 pub mod vhost_user_blk;

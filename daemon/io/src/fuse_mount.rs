@@ -46,32 +46,37 @@ pub fn mount(mountpoint: &Path, options: &str) -> io::Result<OwnedFd> {
     }
 }
 
-/// One file system, as long as it is there: the number that stat(2) shows as the device of its files.
+/// One mount among all that there ever are; before Linux 6.8 among those that there are at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileSystem {
-    major: u32,
-    minor: u32,
+pub struct MountId {
+    /// The number that stat(2) shows as the device of its files.
+    device: (u32, u32),
+    number: u64,
 }
 
-impl FileSystem {
+impl MountId {
     /// The one that `path` leads to, not through a link. Whoever serves it is not asked.
     ///
     /// # Errors
     /// There is no such path, or nobody may look.
     pub fn at(path: &Path) -> io::Result<Self> {
+        /// `[Linux include/uapi/linux/stat.h]`
+        const MNT_ID_UNIQUE: u32 = 0x4000;
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
-        let found = rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::empty())?;
-        Ok(Self { major: found.stx_dev_major, minor: found.stx_dev_minor })
+        // A kernel that does not know the one gives the other.
+        let wanted = StatxFlags::MNT_ID | StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+        let found = rustix::fs::statx(rustix::fs::CWD, path, flags, wanted)?;
+        Ok(Self { device: (found.stx_dev_major, found.stx_dev_minor), number: found.stx_mnt_id })
     }
 }
 
-/// Takes the last mount off `mountpoint`, if it is one of `what`: who has unmounted that may have put something else there. Files
+/// Takes the last mount off `mountpoint`, if it is `what`: who has unmounted that may have put something else there. Files
 /// that are open stay so until their users close them.
 ///
 /// # Errors
 /// There is no such mount, or neither the caller nor the helper may take it away.
-pub fn unmount(mountpoint: &Path, what: FileSystem) -> io::Result<()> {
-    if FileSystem::at(mountpoint)? != what {
+pub fn unmount(mountpoint: &Path, what: MountId) -> io::Result<()> {
+    if MountId::at(mountpoint)? != what {
         return Err(io::Error::other("it is not mounted there any more, or something else is, over it"));
     }
     let path = c_string(mountpoint.as_os_str().as_bytes())?;
@@ -186,9 +191,9 @@ mod tests {
         let file = dir.path().join("f");
         assert!(mount(&file, "ro").is_err());
         std::fs::write(&file, "x").unwrap();
-        let below = FileSystem::at(&file).unwrap();
+        let below = MountId::at(&file).unwrap();
         assert!(unmount(&file, below).is_err());
-        let other = FileSystem::at(Path::new("/proc")).unwrap();
+        let other = MountId::at(Path::new("/proc")).unwrap();
         assert!(unmount(&file, other).unwrap_err().to_string().contains("not mounted there any more"));
         assert!(mount(&file, "ro,a\0b").is_err());
     }

@@ -10,7 +10,7 @@
 //! A request is one message on a socket that keeps messages apart: a letter, the path, for `m` a zero byte and the options.
 //! The answer is an errno, or zero, and words for the user; with it comes the device.
 
-use crate::fuse_mount::{self, FileSystem};
+use crate::fuse_mount::{self, MountId};
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -63,11 +63,11 @@ pub fn start(places: Option<Vec<PathBuf>>) -> io::Result<()> {
     }
 }
 
-/// Mounts as [`fuse_mount::mount`] does, by the process if there is one, and says what file system it is. The path is absolute.
+/// Mounts as [`fuse_mount::mount`] does, by the process if there is one, and says which mount it is. The path is absolute.
 ///
 /// # Errors
 /// Those of [`fuse_mount::mount`]; the process has ended.
-pub fn mount(mountpoint: &Path, options: &str) -> io::Result<(OwnedFd, FileSystem)> {
+pub fn mount(mountpoint: &Path, options: &str) -> io::Result<(OwnedFd, MountId)> {
     let device = match PROCESS.get() {
         None => fuse_mount::mount(mountpoint, options)?,
         Some(process) => {
@@ -75,14 +75,14 @@ pub fn mount(mountpoint: &Path, options: &str) -> io::Result<(OwnedFd, FileSyste
             ask(process, &request)?.ok_or_else(|| io::Error::other("the process that mounts sent no device"))?
         }
     };
-    Ok((device, FileSystem::at(mountpoint)?))
+    Ok((device, MountId::at(mountpoint)?))
 }
 
 /// Unmounts as [`fuse_mount::unmount`] does, by the process if there is one.
 ///
 /// # Errors
 /// Those of [`fuse_mount::unmount`]; the process has ended.
-pub fn unmount(mountpoint: &Path, what: FileSystem) -> io::Result<()> {
+pub fn unmount(mountpoint: &Path, what: MountId) -> io::Result<()> {
     // That process knows by itself what it mounted.
     let Some(process) = PROCESS.get() else { return fuse_mount::unmount(mountpoint, what) };
     ask(process, &[b"u", mountpoint.as_os_str().as_bytes()].concat()).map(drop)
@@ -184,7 +184,7 @@ fn serve(socket: &OwnedFd, places: Option<&[PathBuf]>) -> i32 {
 fn carry_out(
     request: &[u8],
     places: Option<&[PathBuf]>,
-    mounted: &mut Vec<(PathBuf, FileSystem)>,
+    mounted: &mut Vec<(PathBuf, MountId)>,
 ) -> io::Result<Option<OwnedFd>> {
     let (path, options) = match request {
         [b'u', path @ ..] => (path, None),
@@ -215,7 +215,7 @@ fn carry_out(
                 return Err(io::Error::other(format!("{} is not a regular file", path.display())));
             }
             let device = fuse_mount::mount(path, &format!("{options},nosuid,nodev"))?;
-            mounted.push((path.to_owned(), FileSystem::at(path)?));
+            mounted.push((path.to_owned(), MountId::at(path)?));
             Ok(Some(device))
         }
         Some(_) => Err(Errno::EPERM.into()),

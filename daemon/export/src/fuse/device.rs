@@ -4,7 +4,7 @@
 
 use super::reply::Reply;
 use super::request::{HEAD, Operation, parse};
-use super::session::{Answer, End, Incoming, Source};
+use super::session::{Answer, End, Incoming, Next, Source};
 use super::wire::{IN_HEADER, MAX_TRANSFER, WRITE_IN};
 use block::{Errno, IoResult};
 use buf::IoBuf;
@@ -30,6 +30,16 @@ pub(crate) struct Device {
 impl Device {
     pub(crate) fn new(device: FuseDevice) -> Self {
         Self { device, head: IoBuf::alloc(IN_HEADER + WRITE_IN), body: IoBuf::alloc(body_len()) }
+    }
+
+    fn received(&mut self, received: Result<usize, Errno>) -> Next<()> {
+        match received {
+            Ok(received) => Ok(self.take(received)),
+            // Its caller gave up meanwhile.
+            Err(Errno::ENOENT) => Ok(None),
+            Err(Errno::ECONNABORTED) => Err(End::Aborted),
+            Err(_) => Err(End::Unmounted),
+        }
     }
 
     /// The request that lies in the buffers.
@@ -83,14 +93,16 @@ impl Device {
 impl Source for Device {
     type Ticket = ();
 
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Incoming<()>>, End>> {
-        Poll::Ready(match ready!(self.device.poll_receive(cx, &[&self.head, &self.body])) {
-            Ok(received) => Ok(self.take(received)),
-            // Its caller gave up meanwhile.
-            Err(Errno::ENOENT) => Ok(None),
-            Err(Errno::ECONNABORTED) => Err(End::Aborted),
-            Err(_) => Err(End::Unmounted),
-        })
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next<()>> {
+        let received = ready!(self.device.poll_receive(cx, &[&self.head, &self.body]));
+        Poll::Ready(self.received(received))
+    }
+
+    fn look(&mut self, _: &mut Context<'_>) -> Poll<Next<()>> {
+        match self.device.receive(&[&self.head, &self.body]) {
+            Err(Errno::EAGAIN | Errno::EINTR) => Poll::Pending,
+            received => Poll::Ready(self.received(received)),
+        }
     }
 
     fn reply(&mut self, (): (), unique: u64, answer: IoResult<Answer>) {

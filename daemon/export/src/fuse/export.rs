@@ -16,7 +16,7 @@ use crate::{Export, ExportDriver, ExportParams};
 use block::driver::LocalFuture;
 use block::perm::Bits;
 use block::{Disk, Perms};
-use io::fuse_mount::FileSystem;
+use io::fuse_mount::MountId;
 use io::{FuseDevice, IoThread};
 use nix::unistd::{Gid, Uid};
 use qapi::{Error, Result};
@@ -68,7 +68,7 @@ impl ExportDriver for FuseDriver {
 struct Mounted {
     device: OwnedFd,
     /// What is to be unmounted in the end and where, none if that is somebody else's affair.
-    place: Option<(Place, FileSystem)>,
+    place: Option<(Place, MountId)>,
     /// Others than the daemon's user can reach it.
     shared: bool,
 }
@@ -76,6 +76,8 @@ struct Mounted {
 impl FuseDriver {
     async fn open(&self, params: ExportParams) -> Result<Arc<FuseExport>> {
         let threads = params.serving_threads()?;
+        // How long an IOThread looks for events is told by its properties; the daemon's first thread has none.
+        let looks = params.threads.is_empty();
         let mounted = match self.mountpoint.strip_prefix(PASSED) {
             Some(number) => self.take_passed(number)?,
             None => self.mount(params.writable).await?,
@@ -90,7 +92,7 @@ impl FuseDriver {
             closing: lifetime.watch(),
             owner: (Uid::current().as_raw(), Gid::current().as_raw()),
         });
-        let export = Arc::new(FuseExport { id: params.id, disk: params.disk, lifetime, rings: Arc::default() });
+        let export = Arc::new(FuseExport { id: params.id, disk: params.disk, lifetime, looks, rings: Arc::default() });
         match export.serve(mounted, Arc::new(file), &threads).await {
             Ok(()) => Ok(export),
             Err(error) => {
@@ -170,6 +172,8 @@ pub struct FuseExport {
     disk: Disk,
     /// With the tasks inside: one or two a thread, and the one that ends them.
     lifetime: Lifetime,
+    /// Its tasks look for requests before they sleep.
+    looks: bool,
     rings: Arc<Rings>,
 }
 
@@ -196,6 +200,11 @@ impl Serving {
     /// True when nothing more is to be served.
     pub(crate) fn stop(&self) -> watch::Receiver<bool> {
         self.stop.clone()
+    }
+
+    /// Whether its tasks look for requests before they sleep.
+    pub(crate) fn looks(&self) -> bool {
+        self.task.export.looks
     }
 
     /// Where requests come over rings.
@@ -262,7 +271,9 @@ impl FuseExport {
             let started = thread.spawn(move || async move {
                 match FuseDevice::new(device) {
                     Ok(device) => {
-                        let end = session::run(Device::new(device), serving.file(), &transport, serving.stop()).await;
+                        let source = Device::new(device);
+                        let end =
+                            session::run(source, serving.file(), &transport, serving.stop(), serving.looks()).await;
                         serving.ended(end);
                     }
                     Err(error) => {
@@ -280,7 +291,7 @@ impl FuseExport {
 struct Ending {
     /// Another descriptor of the first thread's device.
     device: OwnedFd,
-    place: Option<(Place, FileSystem)>,
+    place: Option<(Place, MountId)>,
     stop: watch::Sender<bool>,
     /// The length of the disk has changed.
     look: watch::Receiver<()>,
@@ -302,11 +313,14 @@ impl Ending {
                 }
             }
         }
-        let unmounted = *self.ended.borrow() == End::Unmounted;
-        if let Some((place, what)) = self.place.as_ref().filter(|_| !unmounted) {
+        if let Some((place, what)) = &self.place {
             let (path, what) = (place.path().to_owned(), *what);
             let done = io::blocking(move || io::mounter::unmount(&path, what)).await;
-            if let Err(error) = done.and_then(std::convert::identity) {
+            // Whoever cuts the connection by force may leave the mount, which looks the same from here.
+            let gone = *self.ended.borrow() == End::Unmounted;
+            if let Err(error) = done.and_then(std::convert::identity)
+                && !gone
+            {
                 tracing::warn!(target: "fuse_error", path = %place.path().display(), %error, "cannot unmount a FUSE export");
             }
         }

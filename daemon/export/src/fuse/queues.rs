@@ -3,7 +3,7 @@
 
 use super::reply::Reply;
 use super::request::{Operation, parse_parts};
-use super::session::{Answer, End, Incoming, Source};
+use super::session::{Answer, End, Incoming, Next, Source};
 use super::wire::OUT_HEADER;
 use block::{Errno, IoResult};
 use buf::IoBuf;
@@ -54,7 +54,7 @@ impl Queues {
 impl Source for Queues {
     type Ticket = Ticket;
 
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Incoming<Ticket>>, End>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next<Ticket>> {
         Poll::Ready(match ready!(self.queues.poll_next(cx)) {
             Ok(Some(fetched)) => Ok(self.take(fetched)),
             Ok(None) => {
@@ -67,6 +67,10 @@ impl Source for Queues {
                 Err(End::Aborted)
             }
         })
+    }
+
+    fn look(&mut self, cx: &mut Context<'_>) -> Poll<Next<Ticket>> {
+        self.poll_next(cx)
     }
 
     fn reply(&mut self, ticket: Ticket, unique: u64, answer: IoResult<Answer>) {

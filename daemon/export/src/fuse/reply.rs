@@ -1,7 +1,7 @@
 //! Replies to the kernel: what an operation brought, as bytes, without I/O. `[FUSE fuse_out_header]`
 
 use super::request::Init;
-use super::wire::{MAJOR, MAX_PAGES, MAX_TRANSFER, MINOR, NOTIFY_INVAL_INODE, OLDEST_MINOR, OUT_HEADER, ROOT};
+use super::wire::{MAJOR, MAX_TRANSFER, MINOR, NOTIFY_INVAL_INODE, OLDEST_MINOR, OUT_HEADER, ROOT};
 use block::Errno;
 use fuser::{FopenFlags, InitFlags};
 use std::time::Duration;
@@ -25,6 +25,17 @@ const WANTED: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_MAX_PAGES)
     .union(InitFlags::FUSE_INIT_EXT)
     .union(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
+
+/// The most pages of one read or write: as many as its bytes can touch.
+fn max_pages(page: u32) -> u16 {
+    u16::try_from(MAX_TRANSFER.checked_div(page).unwrap_or(1)).unwrap_or(u16::MAX).max(1)
+}
+
+/// In bytes.
+fn page_size() -> u32 {
+    let found = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    found.ok().flatten().and_then(|size| u32::try_from(size).ok()).unwrap_or(4096)
+}
 
 /// One reply up to its data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -202,7 +213,7 @@ impl Reply {
         this.put_u32(MAX_TRANSFER);
         // Times are exact to one nanosecond.
         this.put_u32(1);
-        this.put_u16(MAX_PAGES);
+        this.put_u16(max_pages(page_size()));
         this.put_u16(0);
         this.put(&upper);
         this.put(&[0; 28]);
@@ -259,6 +270,16 @@ mod tests {
         assert_eq!((upper(0) >> 9 & 1, upper(OVER_IO_URING) >> 9 & 1), (0, 1));
         assert_eq!(Reply::init(9, &Init { minor: 22, ..old }, 0), Reply::failed(9, Errno::EPROTO));
         assert_eq!(Reply::init(9, &Init { major: 6, ..old }, 0), Reply::failed(9, Errno::EPROTO));
+    }
+
+    /// The kernel counts reads in pages, and a request must not be longer than what is taken.
+    #[test]
+    fn no_request_is_longer_than_the_longest_whatever_pages_have() {
+        for (page, pages) in [(4096, 256), (16384, 64), (65536, 16)] {
+            assert_eq!(max_pages(page), pages);
+            assert_eq!(u32::from(pages) * page, MAX_TRANSFER);
+        }
+        assert!(max_pages(page_size()) > 0 && max_pages(0) == 1);
     }
 
     #[test]

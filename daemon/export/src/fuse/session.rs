@@ -3,10 +3,12 @@
 //! The task takes requests until there are none, starts each where it found it, replies to those that need not wait at once,
 //! and only then sleeps. A request that was taken is always served and replied to, so memory is bounded by taking only while
 //! those in flight hold less than [`MAX_BYTES`] and are fewer than [`MAX_SLOTS`]. Where requests come from is a [`Source`].
+//! On the daemon's first thread it looks for the next one a moment before it sleeps, where that was worth it before.
 
 use super::file::File;
 use super::reply::Reply;
 use super::request::{Init, Operation, Request};
+use crate::patience::Patience;
 use crate::slots::Slots;
 use block::{Errno, IoResult};
 use buf::IoBuf;
@@ -14,6 +16,7 @@ use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 #[cfg(doc)]
@@ -23,6 +26,9 @@ use crate::slots::MAX_SLOTS;
 const MAX_BYTES: usize = 32 << 20;
 /// Requests that are taken before others on the thread have a turn.
 const BUDGET: usize = 64;
+/// How long a thread looks for the next request: the kernel has to wake up the program that waits for a reply before that can ask
+/// for more.
+const PATIENCE: Duration = Duration::from_micros(50);
 
 /// Why a thread takes no more requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +52,18 @@ pub(crate) struct Incoming<T> {
     pub ticket: T,
 }
 
+/// What comes next; none if it was no request.
+pub(crate) type Next<T> = Result<Option<Incoming<T>>, End>;
+
 /// Where requests come from and replies go to.
 pub(crate) trait Source {
     type Ticket;
 
     /// The next request; none if what came was none.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Incoming<Self::Ticket>>, End>>;
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next<Self::Ticket>>;
+
+    /// As [`poll_next`](Self::poll_next) right after it had none, without being woken before: there may be one now.
+    fn look(&mut self, cx: &mut Context<'_>) -> Poll<Next<Self::Ticket>>;
 
     /// Replies to a request, at the latest with the next [`flush`](Self::flush) or when there are no more requests.
     fn reply(&mut self, ticket: Self::Ticket, unique: u64, answer: IoResult<Answer>);
@@ -94,12 +106,14 @@ struct Done<T> {
 }
 
 /// Serves `file` on `source` until `stop` is true or the source ends. Requests that were taken are replied to before
-/// it ends.
+/// it ends. With `looks` it is this task that looks for the next request before it sleeps. An IOThread does so itself, as its
+/// properties say.
 pub(crate) async fn run<S: Source>(
     source: S,
     file: Arc<File>,
     greet: &impl Greet,
     mut stop: watch::Receiver<bool>,
+    looks: bool,
 ) -> End {
     let start = |incoming: Incoming<S::Ticket>| {
         let file = &file;
@@ -115,7 +129,8 @@ pub(crate) async fn run<S: Source>(
             Done { unique, answer, cost, ticket }
         }
     };
-    let mut session = Session { source, slots: Slots::new(), bytes: 0, end: None, start };
+    let patience = looks.then(|| Patience::new(PATIENCE));
+    let mut session = Session { source, slots: Slots::new(), bytes: 0, end: None, patience, start };
     let mut stopped = pin!(async move {
         // An error says that the export is gone.
         let _ = stop.wait_for(|stop| *stop).await;
@@ -144,6 +159,7 @@ struct Session<S, F, B> {
     /// Bytes that requests in flight hold.
     bytes: usize,
     end: Option<End>,
+    patience: Option<Patience>,
     start: B,
 }
 
@@ -168,7 +184,14 @@ where
             if self.slots.is_full() || self.bytes >= MAX_BYTES {
                 return Poll::Pending;
             }
-            match std::task::ready!(self.source.poll_next(cx)) {
+            let next = match self.source.poll_next(cx) {
+                Poll::Pending => std::task::ready!(self.look(cx)),
+                Poll::Ready(next) => next,
+            };
+            if let Some(patience) = &mut self.patience {
+                patience.found(Instant::now);
+            }
+            match next {
                 Ok(Some(incoming)) => self.take(incoming),
                 Ok(None) => {}
                 Err(end) => self.end = Some(end),
@@ -176,6 +199,19 @@ where
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// With nothing else to wait for, looks for a request that is about to come; and then again after others had their turn.
+    fn look(&mut self, cx: &mut Context<'_>) -> Poll<Next<S::Ticket>> {
+        let Some(patience) = &mut self.patience else { return Poll::Pending };
+        if self.slots.busy() > 0 || !patience.look_again(Instant::now()) {
+            return Poll::Pending;
+        }
+        let next = self.source.look(cx);
+        if next.is_pending() {
+            cx.waker().wake_by_ref();
+        }
+        next
     }
 
     fn take(&mut self, incoming: Incoming<S::Ticket>) {

@@ -87,7 +87,8 @@ async fn serve(ring: FuseRing, serving: Serving) {
     let rings = serving.rings();
     rings.0.fetch_add(1, Ordering::Relaxed);
     tracing::debug!(target: "fuse_transport", "requests of a FUSE export come over io_uring");
-    let end = session::run(Queues::new(queues), serving.file(), &NoGreeting, serving.stop()).await;
+    let source = Queues::new(queues);
+    let end = session::run(source, serving.file(), &NoGreeting, serving.stop(), serving.looks()).await;
     rings.0.fetch_sub(1, Ordering::Relaxed);
     // Those who read the device know better what else the end of the queues means: the kernel may only not want them.
     if end == End::Aborted {

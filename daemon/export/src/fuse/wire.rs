@@ -23,8 +23,6 @@ pub(crate) const OUT_HEADER: usize = 16;
 pub(crate) const WRITE_IN: usize = 40;
 /// The most bytes of one read or write.
 pub(crate) const MAX_TRANSFER: u32 = 1 << 20;
-/// The most pages of one read or write: as many as those bytes can touch, when pages have 4 KiB.
-pub(crate) const MAX_PAGES: u16 = 256;
 
 pub(crate) mod opcode {
     pub(crate) const LOOKUP: u32 = 1;

@@ -10,12 +10,12 @@
 use super::export::Client;
 use super::input::Input;
 use super::negotiate::Session;
-use super::patience::Patience;
 use super::reply::{self, Origin};
 use super::request::{self, Command, EXTENDED_HEADER, Header, Limits, MAX_STATUS_PAYLOAD, Verdict};
 use super::serve::{Outcome, serve};
 use super::wire::{MAX_EXTENTS, error};
 use crate::Export;
+use crate::patience::Patience;
 use crate::slots::Slots;
 use block::Disk;
 use buf::IoBuf;

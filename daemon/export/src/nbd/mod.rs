@@ -6,7 +6,7 @@
 //! | `wire` | the numbers of the protocol |
 //! | `options`, `negotiate`, `metacontext` | the handshake, without I/O |
 //! | `request`, `reply` | the transmission phase, without I/O |
-//! | `input`, `patience` | received bytes, and waiting, of one connection |
+//! | `input` | received bytes of one connection |
 //! | `serve` | one request against the disk |
 //! | `connection` | one client |
 //! | `export`, `server` | what clients choose from, and where they come in |
@@ -20,7 +20,6 @@ mod input;
 mod metacontext;
 mod negotiate;
 mod options;
-mod patience;
 mod reply;
 mod request;
 mod serve;

@@ -7,9 +7,9 @@
 use super::connection;
 use super::export::{NbdExport, NbdExportOptions};
 use super::negotiate::{self, Exports, Negotiation, Offer, Session, Step};
-use super::patience::Patience;
 use super::wire::MAX_STRING;
 use crate::Export;
+use crate::patience::Patience;
 use buf::IoBuf;
 use io::{Listener, SendQueue, Stream};
 use nix::errno::Errno;
@@ -23,6 +23,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
 /// What one receive of a handshake takes at most, in bytes.
 const RECEIVE: usize = 4 << 10;
+/// How long a connection on this thread looks for its next request: the longest that QEMU's IOThreads poll.
+const PATIENCE: Duration = Duration::from_micros(32);
 
 /// How a server treats its clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -309,7 +311,7 @@ fn hand_over(agreed: Agreed, permit: Option<OwnedSemaphorePermit>, inner: &Inner
     let Some(client) = export.enter(permit) else { return };
     match export.next_thread() {
         None => {
-            tokio::task::spawn_local(connection::run(stream, client, session, early, Some(Patience::new())));
+            tokio::task::spawn_local(connection::run(stream, client, session, early, Some(Patience::new(PATIENCE))));
         }
         Some(thread) => {
             let socket = stream.into_fd();

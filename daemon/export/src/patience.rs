@@ -1,19 +1,15 @@
-//! Whether a connection that has nothing to do looks for more once again, or sleeps.
+//! Whether a task that has nothing to do looks for more requests of its client once again, or sleeps.
 //!
 //! A client with one request at a time sends the next as soon as it has the reply, some microseconds later. To fall asleep
-//! and be woken takes longer than that and costs as much as to keep looking. So a connection whose client was quick last time
+//! and be woken takes longer than that and costs as much as to keep looking. So a task whose client was quick last time
 //! keeps looking for a short while, letting other tasks of the thread run in between. Where that was in vain it is
 //! tried ever more rarely, so that a slow client, or a machine with too few processors, costs next to nothing.
 //!
-//! For connections on the server's own thread; how long an IOThread looks for events is told by its properties. Decides
-//! about time and does no I/O.
+//! For NBD connections and FUSE exports on the daemon's first thread; how long an IOThread looks for events is told by its
+//! properties. Decides about time and does no I/O.
 
 use std::time::{Duration, Instant};
 
-/// How long to keep looking: the longest that QEMU's IOThreads poll.
-const LIMIT: Duration = Duration::from_micros(32);
-/// A client that took no longer than this, the sleep included, may be quick enough.
-const QUICK: Duration = Duration::from_micros(64);
 /// The most pauses that are slept through after one in which looking was in vain.
 const MOST_SKIPPED: u32 = 1024;
 
@@ -26,9 +22,10 @@ enum Pause {
     Asleep(Instant),
 }
 
-/// The state of one connection.
+/// The state of one client.
 #[derive(Debug)]
 pub(crate) struct Patience {
+    limit: Duration,
     pause: Pause,
     /// The last pause was short.
     quick: bool,
@@ -39,8 +36,9 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    pub(crate) fn new() -> Self {
-        Self { pause: Pause::None, quick: false, skip: 0, next_skip: 1 }
+    /// `limit` is how long to keep looking. A client that took no longer than twice as long, the sleep included, may be quick enough.
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self { limit, pause: Pause::None, quick: false, skip: 0, next_skip: 1 }
     }
 
     /// There is nothing to do: whether to look again rather than to sleep.
@@ -52,7 +50,7 @@ impl Patience {
                 self.pause = if look { Pause::Looking(now) } else { Pause::Asleep(now) };
                 look
             }
-            Pause::Looking(since) if now.saturating_duration_since(since) < LIMIT => true,
+            Pause::Looking(since) if now.saturating_duration_since(since) < self.limit => true,
             Pause::Looking(since) => {
                 self.skip = self.next_skip;
                 self.next_skip = (self.next_skip * 2).min(MOST_SKIPPED);
@@ -71,7 +69,7 @@ impl Patience {
                 self.quick = true;
                 self.next_skip = 1;
             }
-            Pause::Asleep(since) => self.quick = now().saturating_duration_since(since) < QUICK,
+            Pause::Asleep(since) => self.quick = now().saturating_duration_since(since) < self.limit * 2,
         }
     }
 }
@@ -80,6 +78,7 @@ impl Patience {
 mod tests {
     use super::*;
 
+    const LIMIT: Duration = Duration::from_micros(32);
     const US: Duration = Duration::from_micros(1);
 
     /// One pause of `len`, looked at each microsecond; for how long it was looked.
@@ -97,7 +96,7 @@ mod tests {
 
     #[test]
     fn a_quick_client_is_waited_for() {
-        let (mut patience, mut now) = (Patience::new(), Instant::now());
+        let (mut patience, mut now) = (Patience::new(LIMIT), Instant::now());
         assert_eq!(pause(&mut patience, &mut now, 10 * US), Duration::ZERO, "not known to be quick yet");
         for _ in 0..100 {
             assert_eq!(pause(&mut patience, &mut now, 10 * US), 10 * US);
@@ -111,7 +110,7 @@ mod tests {
     /// A client that would be quick if it was let run: looking is in vain, however short its pauses are.
     #[test]
     fn looking_in_vain_becomes_rare() {
-        let (mut patience, mut now) = (Patience::new(), Instant::now());
+        let (mut patience, mut now) = (Patience::new(LIMIT), Instant::now());
         let mut looked = Duration::ZERO;
         for _ in 0..10_000 {
             looked += pause(&mut patience, &mut now, 40 * US);
