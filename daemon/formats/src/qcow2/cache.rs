@@ -17,7 +17,7 @@ use buf::IoBuf;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::OnceCell;
 
 /// Bytes of a page of the host.
@@ -34,14 +34,28 @@ struct State {
     handed: u64,
     /// The bytes that have changed since.
     unhanded: Range<usize>,
+    /// One bit for each eight bytes: some of them are not zero. Made when it is asked for, until the bytes change.
+    marks: OnceLock<Vec<u64>>,
     gone: bool,
 }
 
 impl State {
     fn new(bytes: Vec<u8>, version: u64) -> Self {
         let unhanded = if version > 0 { 0..bytes.len() } else { 0..0 };
-        Self { bytes, version, written: 0, handed: 0, unhanded, gone: false }
+        Self { bytes, version, written: 0, handed: 0, unhanded, marks: OnceLock::new(), gone: false }
     }
+
+    fn marks(&self) -> &[u64] {
+        self.marks.get_or_init(|| {
+            let bits = |words: &[u8]| (0..).zip(words.chunks(8)).fold(0, |bits, (bit, word)| bits | mark(bit, word));
+            self.bytes.chunks(8 * 64).map(bits).collect()
+        })
+    }
+}
+
+/// The bit for eight bytes.
+fn mark(bit: u32, word: &[u8]) -> u64 {
+    u64::from(word.iter().any(|byte| *byte != 0)) << bit
 }
 
 /// A run of metadata bytes.
@@ -78,6 +92,14 @@ impl Block {
             Some(state) => look(&state.bytes),
             None => look(&[]),
         }
+    }
+
+    /// Whether the eight bytes at each of `words` are zero, counted in such words. For many such questions between changes: it is
+    /// answered from one bit for each, which the processor still has when the block itself would have to come from memory.
+    pub fn is_zero(&self, mut words: Range<usize>) -> bool {
+        let Some(state) = self.loaded() else { return false };
+        let marks = state.marks();
+        words.all(|word| marks.get(word / 64).is_some_and(|bits| bits >> (word % 64) & 1 == 0))
     }
 }
 
@@ -266,13 +288,18 @@ impl Cache {
 
     /// The block at `at` if it is there.
     pub fn peek(&self, at: u64) -> Option<Arc<Block>> {
+        self.peek_with(at, Arc::clone)
+    }
+
+    /// What `look` says of the block at `at`, if that is there. The table stays locked meanwhile.
+    pub fn peek_with<R>(&self, at: u64, look: impl FnOnce(&Arc<Block>) -> R) -> Option<R> {
         let table = self.table();
         let block = table.map.get(&at).filter(|block| block.state.initialized())?;
         // Reading first keeps the line of a block that all use in all caches.
         if !block.used.load(Ordering::Relaxed) {
             block.used.store(true, Ordering::Relaxed);
         }
-        Some(Arc::clone(block))
+        Some(look(block))
     }
 
     /// The block at `at`, read from `file` unless it is there.
@@ -366,6 +393,7 @@ impl Cache {
             return None;
         }
         let result = change(&mut state.bytes);
+        state.marks.take();
         if state.version == state.written || state.version == state.handed {
             self.list(block);
         }
@@ -469,6 +497,25 @@ mod tests {
             cache.dirty_copies().iter().for_each(|copy| cache.written(copy));
         }
         cache
+    }
+
+    #[test]
+    fn what_is_zero_is_known_of_each_word_after_each_change() {
+        let cache = Cache::new(1 << 20, 4096, BlkdebugEvent::L2Load);
+        cache.put(0, vec![0; 4096]);
+        let block = cache.peek(0).unwrap();
+        assert!(block.is_zero(0..512));
+        // The first and the last byte of a word, in the first and the last word of 64.
+        for byte in [504, 511, 512, 4095, 0] {
+            cache.change(&block, |bytes| bytes[byte] = 1).unwrap();
+            for word in 0..512 {
+                assert_eq!(block.is_zero(word..word + 1), word != byte / 8, "byte {byte}, word {word}");
+            }
+            assert!(!block.is_zero(0..512));
+            assert!(block.is_zero(0..byte / 8) && block.is_zero(byte / 8 + 1..512));
+            cache.change(&block, |bytes| bytes[byte] = 0).unwrap();
+        }
+        assert!(!block.is_zero(511..513), "what is not there is not zero");
     }
 
     #[test]

@@ -2,32 +2,57 @@
 
 use super::header::Compression;
 use block::{Errno, IoResult};
+use buf::IoBuf;
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use std::cell::RefCell;
 use std::io::Read;
+
+/// What a thread uses again for each cluster that it unpacks.
+struct Tools {
+    inflate: Decompress,
+    /// The packed bytes, in one piece.
+    packed: Vec<u8>,
+}
+
+/// Packed bytes that a thread has room for between clusters: as many as clusters of the usual size need.
+const KEEP: usize = 128 << 10;
+
+thread_local! {
+    static TOOLS: RefCell<Tools> = RefCell::new(Tools { inflate: Decompress::new(false), packed: Vec::new() });
+}
 
 /// Unpacks `packed` into exactly `len` bytes; what follows in `packed` belongs to others.
 ///
 /// # Errors
 /// `EIO` if the data is damaged or holds less than a cluster.
-pub fn unpack(kind: Compression, packed: &[u8], len: usize) -> IoResult<Vec<u8>> {
-    let mut out = vec![0; len];
-    match kind {
-        Compression::Zlib => {
-            // The output is bounded by the vector, whatever the stream would like to write.
-            let mut stream = Decompress::new(false);
-            let done = stream.decompress(packed, &mut out, FlushDecompress::Finish);
-            // A full output with input left over is as good as the end: the tail of the last sector is not ours.
-            done.map_err(|_| Errno::EIO)?;
-            if stream.total_out() != super::bytes::u64_of(len) {
-                return Err(Errno::EIO);
-            }
+pub fn unpack(kind: Compression, packed: &IoBuf, len: usize) -> IoResult<Vec<u8>> {
+    TOOLS.with_borrow_mut(|tools| {
+        let Tools { inflate, packed: bytes } = tools;
+        bytes.resize(packed.len(), 0);
+        packed.read_at(0, bytes);
+        let mut out = vec![0; len];
+        let done = match kind {
+            Compression::Zlib => unpack_zlib(inflate, bytes, &mut out),
+            Compression::Zstd => unpack_zstd(bytes, &mut out),
+        };
+        if bytes.len() > KEEP {
+            *bytes = Vec::new();
         }
-        Compression::Zstd => {
-            let mut stream = zstd::stream::read::Decoder::new(packed).map_err(|_| Errno::ENOMEM)?;
-            stream.read_exact(&mut out).map_err(|_| Errno::EIO)?;
-        }
-    }
-    Ok(out)
+        done.map(|()| out)
+    })
+}
+
+fn unpack_zlib(inflate: &mut Decompress, packed: &[u8], out: &mut [u8]) -> IoResult {
+    inflate.reset(false);
+    // The output is bounded by the slice, whatever the stream would like to write. A full output with input left over is as
+    // good as the end: the tail of the last sector is not ours.
+    inflate.decompress(packed, out, FlushDecompress::Finish).map_err(|_| Errno::EIO)?;
+    if super::bytes::us(inflate.total_out()) == out.len() { Ok(()) } else { Err(Errno::EIO) }
+}
+
+fn unpack_zstd(packed: &[u8], out: &mut [u8]) -> IoResult {
+    let mut stream = zstd::stream::read::Decoder::new(packed).map_err(|_| Errno::ENOMEM)?;
+    stream.read_exact(out).map_err(|_| Errno::EIO)
 }
 
 /// log2 of the window of deflate that readers have: distances in the stream are no longer.
@@ -74,7 +99,14 @@ mod tests {
             assert!(packed.len() < 20_000);
             // Others' bytes follow in the sector.
             packed.extend([0xff; 300]);
-            assert_eq!(unpack(kind, &packed, text.len()).unwrap(), text);
+            let packed = IoBuf::copy_of(&packed);
+            // Once more, for the thread keeps what it used; and after damage, which leaves no trace.
+            for _ in 0..2 {
+                assert_eq!(unpack(kind, &packed, text.len()).unwrap(), text);
+                assert_eq!(unpack(kind, &packed.slice(0, 1000), text.len()), Err(Errno::EIO));
+                assert_eq!(unpack(kind, &IoBuf::copy_of(&[0xff; 700]), text.len()), Err(Errno::EIO));
+                assert_eq!(unpack(kind, &packed, text.len() + 1), Err(Errno::EIO));
+            }
             assert_eq!(pack(kind, &random).unwrap(), None);
         }
     }

@@ -275,18 +275,26 @@ impl Qcow2 {
         len.min(reach - at % reach)
     }
 
-    /// [`Qcow2::find`], if that needs no I/O and finds nothing wrong.
-    pub(super) fn find_cached(&self, at: u64, len: u64) -> Option<(Where, u64)> {
-        let len = self.in_slice(at, len);
+    /// Whether the image stores nothing of the `len` bytes from `at`, if that is plain from what is in memory; else it says no.
+    pub(super) fn is_absent(&self, at: u64, len: u64) -> bool {
+        if len == 0 || self.in_slice(at, len) < len {
+            return false;
+        }
         let table = self.l1_entry(at) & OFFSET;
         if table == 0 {
-            return Some((Where::Backing, len));
+            return true;
         }
         if !table.is_multiple_of(self.shape.cluster()) {
-            return None;
+            return false;
         }
-        let slice = self.l2.peek(self.slice_at(table, at))?;
-        slice.look(|bytes| self.find_in(bytes, at, len)).ok()
+        let words = us(self.entry_size() / 8);
+        let first = self.place_in_slice(at) / 8;
+        let last = self.place_in_slice(at + len - 1) / 8 + words;
+        let absent = |slice: &Arc<Block>| {
+            // An entry of zeroes is of nothing, whatever the shape; one that is not may still be of nothing here.
+            slice.is_zero(first..last) || slice.look(|bytes| self.find_in(bytes, at, len)) == Ok((Where::Backing, len))
+        };
+        self.l2.peek_with(self.slice_at(table, at), absent).unwrap_or(false)
     }
 
     /// Where the bytes from `at` are, and for how many of `len` that holds.

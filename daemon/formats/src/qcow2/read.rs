@@ -41,11 +41,11 @@ impl Qcow2 {
         let backing = self.backing.load();
         let node = backing.as_ref()?.node();
         self.check_sound().ok()?;
-        let found = {
+        let absent = {
             let _inside = self.epochs.enter();
-            self.find_cached(span.at, span.len)?
+            self.is_absent(span.at, span.len)
         };
-        if span.len == 0 || found != (Where::Backing, span.len) {
+        if !absent {
             return None;
         }
         self.file.raise(BlkdebugEvent::ReadBackingAio);
@@ -87,7 +87,9 @@ impl Qcow2 {
         self.file.raise(BlkdebugEvent::ReadCompressed);
         self.file.read(at, &packed).await?;
         let (kind, cluster) = (lock(&self.header).compression, us(self.shape.cluster()));
-        self.workers.run(move || compress::unpack(kind, &packed.to_vec(), cluster)).await
+        // The buffer goes back to the pool of the thread that it came from, for this is its last owner.
+        let given = packed.clone();
+        self.workers.run(move || compress::unpack(kind, &given, cluster)).await
     }
 
     /// What lies at the start of `span`.
