@@ -41,7 +41,7 @@ impl<Rest: Opener> Opener for Formats<Rest> {
     ) -> LocalFuture<'a, Result<Box<dyn DynDriver>>> {
         match &options.driver {
             BlockdevDriverOptions::Qcow2(qcow2) => Box::pin(async move {
-                let driver: Box<dyn DynDriver> = Box::new(qcow2::open(cx, qcow2, self.workers.clone()).await?);
+                let driver: Box<dyn DynDriver> = Box::new(qcow2::open(cx, qcow2, self.workers.another()).await?);
                 Ok(driver)
             }),
             _ => self.rest.open(cx, options),

@@ -21,16 +21,17 @@ thread_local! {
     static TOOLS: RefCell<Tools> = RefCell::new(Tools { inflate: Decompress::new(false), packed: Vec::new() });
 }
 
-/// Unpacks `packed` into exactly `len` bytes; what follows in `packed` belongs to others.
+/// Unpacks `packed` into exactly `len` bytes, for which `room` is used; what follows in `packed` belongs to others.
 ///
 /// # Errors
 /// `EIO` if the data is damaged or holds less than a cluster.
-pub fn unpack(kind: Compression, packed: &IoBuf, len: usize) -> IoResult<Vec<u8>> {
+pub fn unpack(kind: Compression, packed: &IoBuf, room: Vec<u8>, len: usize) -> IoResult<Vec<u8>> {
     TOOLS.with_borrow_mut(|tools| {
         let Tools { inflate, packed: bytes } = tools;
         bytes.resize(packed.len(), 0);
         packed.read_at(0, bytes);
-        let mut out = vec![0; len];
+        let mut out = room;
+        out.resize(len, 0);
         let done = match kind {
             Compression::Zlib => unpack_zlib(inflate, bytes, &mut out),
             Compression::Zstd => unpack_zstd(bytes, &mut out),
@@ -101,11 +102,11 @@ mod tests {
             packed.extend([0xff; 300]);
             let packed = IoBuf::copy_of(&packed);
             // Once more, for the thread keeps what it used; and after damage, which leaves no trace.
-            for _ in 0..2 {
-                assert_eq!(unpack(kind, &packed, text.len()).unwrap(), text);
-                assert_eq!(unpack(kind, &packed.slice(0, 1000), text.len()), Err(Errno::EIO));
-                assert_eq!(unpack(kind, &IoBuf::copy_of(&[0xff; 700]), text.len()), Err(Errno::EIO));
-                assert_eq!(unpack(kind, &packed, text.len() + 1), Err(Errno::EIO));
+            for room in [0, 1000, 100_000] {
+                assert_eq!(unpack(kind, &packed, vec![3; room], text.len()).unwrap(), text);
+                assert_eq!(unpack(kind, &packed.slice(0, 1000), Vec::new(), text.len()), Err(Errno::EIO));
+                assert_eq!(unpack(kind, &IoBuf::copy_of(&[0xff; 700]), Vec::new(), text.len()), Err(Errno::EIO));
+                assert_eq!(unpack(kind, &packed, Vec::new(), text.len() + 1), Err(Errno::EIO));
             }
             assert_eq!(pack(kind, &random).unwrap(), None);
         }

@@ -88,8 +88,8 @@ impl Qcow2 {
         self.file.read(at, &packed).await?;
         let (kind, cluster) = (lock(&self.header).compression, us(self.shape.cluster()));
         // The buffer goes back to the pool of the thread that it came from, for this is its last owner.
-        let given = packed.clone();
-        self.workers.run(move || compress::unpack(kind, &given, cluster)).await
+        let (given, room) = (packed.clone(), self.unpacked.room());
+        self.workers.run(move || compress::unpack(kind, &given, room, cluster)).await
     }
 
     /// What lies at the start of `span`.

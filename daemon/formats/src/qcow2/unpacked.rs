@@ -29,12 +29,15 @@ pub struct Unpacked {
     capacity: usize,
     /// Most recently used last. Never across an await.
     slots: Mutex<VecDeque<Arc<Slot>>>,
+    /// What held clusters that are not kept any more, for others; no more than are kept. Never across an await, taken after
+    /// `slots`.
+    spare: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Unpacked {
     /// Keeps what is good for an image with clusters of that many bytes.
     pub fn new(cluster: u64) -> Self {
-        Self { capacity: us(KEEP / cluster.max(KEEP / 64)).max(2), slots: Mutex::default() }
+        Self { capacity: us(KEEP / cluster.max(KEEP / 64)).max(2), slots: Mutex::default(), spare: Mutex::default() }
     }
 
     /// Has `look` see the unpacked bytes of the data at `at`, which `unpack` makes if they are not there.
@@ -53,14 +56,29 @@ impl Unpacked {
         Ok(())
     }
 
+    /// Memory for a cluster, of any length, with any bytes in it.
+    pub fn room(&self) -> Vec<u8> {
+        lock(&self.spare).pop().unwrap_or_default()
+    }
+
+    /// Keeps the memory of a slot that was taken out, unless somebody looks at it still.
+    fn give_up(&self, slot: Arc<Slot>) {
+        let mut spare = lock(&self.spare);
+        if spare.len() < self.capacity {
+            spare.extend(Arc::into_inner(slot).and_then(|slot| slot.bytes.into_inner()));
+        }
+    }
+
     fn slot(&self, at: u64, len: u64) -> Arc<Slot> {
         let mut slots = lock(&self.slots);
         let found = slots.iter().rposition(|slot| slot.at == at && slot.len == len);
         let slot = match found.and_then(|index| slots.remove(index)) {
             Some(slot) => slot,
             None => {
-                if slots.len() >= self.capacity {
-                    slots.pop_front();
+                if slots.len() >= self.capacity
+                    && let Some(oldest) = slots.pop_front()
+                {
+                    self.give_up(oldest);
                 }
                 Arc::new(Slot { at, len, bytes: OnceCell::new() })
             }
@@ -97,6 +115,27 @@ mod tests {
         assert_eq!(at(&kept, 1024, Ok(3)), Ok(Some(3)));
         assert_eq!(at(&kept, 0, Ok(9)), Ok(Some(1)), "used after the other one");
         assert_eq!(at(&kept, 512, Ok(9)), Ok(Some(9)), "made again");
+    }
+
+    #[test]
+    fn memory_is_used_again_but_not_hoarded() {
+        let kept = Unpacked::new(2 << 20);
+        for place in 0..4 {
+            assert_eq!(at(&kept, place * 512, Ok(7)), Ok(Some(7)));
+        }
+        assert_eq!(kept.room(), [7]);
+        for place in 4..20 {
+            assert_eq!(at(&kept, place * 512, Ok(8)), Ok(Some(8)));
+        }
+        assert_eq!(lock(&kept.spare).len(), 2);
+        // Somebody looks at this one, so it stays his.
+        let seen = kept.slot(0, 512);
+        lock(&kept.spare).clear();
+        for place in 20..22 {
+            assert_eq!(at(&kept, place * 512, Ok(9)), Ok(Some(9)));
+        }
+        assert_eq!(lock(&kept.spare).len(), 1);
+        drop(seen);
     }
 
     #[test]
