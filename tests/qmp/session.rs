@@ -325,6 +325,10 @@ fn properties_of_an_iothread_change_while_it_runs() {
     });
     qmp.ok("object-add", given);
     let names = ["poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch"];
+    qmp.ok("object-add", json!({"qom-type": "iothread", "id": "d"}));
+    for (name, value) in names.into_iter().zip([32768i64, 0, 0, 0]) {
+        assert_eq!(qmp.ok("qom-get", json!({"path": "/objects/d", "property": name})), json!(value));
+    }
     for (name, value) in names.into_iter().zip([32768i64, 3, 4, 5]) {
         let place = json!({"path": "/objects/t", "property": name});
         assert_eq!(qmp.ok("qom-get", place.clone()), json!(value));

@@ -14,7 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Poll, Waker};
 use std::time::Instant;
 
@@ -38,6 +38,9 @@ pub struct Polling {
     pub grow: u64,
     /// The divisor by which the time shrinks (`poll-shrink`); 0 is the default, 2, where a time that is not worth it is none.
     pub shrink: u64,
+    /// Only while there is a queue in shared memory to look at ([`Watched`]). To look for what descriptors report takes a system call
+    /// each time.
+    pub for_queues: bool,
 }
 
 /// [`Polling`] that any thread may change. The three numbers are independent: who reads old and new ones together adjusts
@@ -47,22 +50,29 @@ pub(crate) struct SharedPolling {
     max_ns: AtomicU64,
     grow: AtomicU64,
     shrink: AtomicU64,
+    for_queues: AtomicBool,
 }
 
 impl SharedPolling {
     pub(crate) fn set(&self, new: Polling) {
         self.grow.store(new.grow, Ordering::Relaxed);
         self.shrink.store(new.shrink, Ordering::Relaxed);
+        self.for_queues.store(new.for_queues, Ordering::Relaxed);
         self.max_ns.store(new.max_ns, Ordering::Relaxed);
     }
 
-    /// The settings, none if there is no polling.
+    /// The settings, none if there is no polling on the calling thread.
     fn get(&self) -> Option<Polling> {
         let max_ns = self.max_ns.load(Ordering::Relaxed);
-        (max_ns != 0).then(|| Polling {
+        if max_ns == 0 {
+            return None;
+        }
+        let for_queues = self.for_queues.load(Ordering::Relaxed);
+        (!for_queues || has_lookers()).then(|| Polling {
             max_ns,
             grow: self.grow.load(Ordering::Relaxed),
             shrink: self.shrink.load(Ordering::Relaxed),
+            for_queues,
         })
     }
 }
@@ -132,6 +142,10 @@ impl Drop for Watched {
 /// Whether the calling thread looks for events before it sleeps, as its settings are now.
 pub fn is_polling() -> bool {
     crate::thread::current_poller().is_some_and(|poller| poller.settings.get().is_some())
+}
+
+fn has_lookers() -> bool {
+    LOOKERS.try_with(|all| all.try_borrow().is_ok_and(|all| !all.is_empty())).unwrap_or(false)
 }
 
 /// Wakes who has something to do, of those that `ask` says it of.
@@ -283,7 +297,7 @@ mod tests {
     use std::future::Future;
     use tokio::runtime::Handle;
 
-    const ON: Polling = Polling { max_ns: 32768, grow: 0, shrink: 0 };
+    const ON: Polling = Polling { max_ns: 32768, grow: 0, shrink: 0, for_queues: false };
 
     #[test]
     fn a_window_grows_while_a_longer_one_would_have_caught_the_event() {
@@ -380,8 +394,8 @@ mod tests {
     }
 
     /// Any sleep is short enough, and the second one makes the window the longest there is.
-    const ALWAYS: Polling = Polling { max_ns: u64::MAX, grow: u64::MAX, shrink: 1 };
-    const NEVER: Polling = Polling { max_ns: 0, grow: 0, shrink: 0 };
+    const ALWAYS: Polling = Polling { max_ns: u64::MAX, grow: u64::MAX, shrink: 1, for_queues: false };
+    const NEVER: Polling = Polling { max_ns: 0, ..ALWAYS };
 
     fn wait<T>(f: impl Future<Output = T>) -> T {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(f)
@@ -433,6 +447,34 @@ mod tests {
                 thread.stop().await;
             });
         }
+    }
+
+    struct Nothing;
+
+    impl Look for Nothing {
+        fn look(&self) -> bool {
+            false
+        }
+        fn sleep(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn a_thread_that_polls_for_queues_does_so_while_it_has_one() {
+        wait(async {
+            let thread = IoThread::start("queues", Params::default()).unwrap();
+            thread.set_polling(Polling { for_queues: true, ..ON });
+            let seen = thread.run(|| async {
+                let before = is_polling();
+                let watched = Watched::new(Rc::new(Nothing), Waker::noop().clone());
+                let during = is_polling();
+                drop(watched);
+                [before, during, is_polling()]
+            });
+            assert_eq!(seen.await.unwrap(), [false, true, false]);
+            thread.stop().await;
+        });
     }
 
     #[test]

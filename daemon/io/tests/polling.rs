@@ -14,8 +14,8 @@ use tokio::runtime::Handle;
 
 const HOW: OpenHow = OpenHow { access: Access::ReadWrite, direct: false, engine: Engine::Ring };
 /// Any sleep is short enough, and the second one makes the window the longest there is.
-const ALWAYS: Polling = Polling { max_ns: u64::MAX, grow: u64::MAX, shrink: 1 };
-const NEVER: Polling = Polling { max_ns: 0, grow: 0, shrink: 0 };
+const ALWAYS: Polling = Polling { max_ns: u64::MAX, grow: u64::MAX, shrink: 1, for_queues: false };
+const NEVER: Polling = Polling { max_ns: 0, ..ALWAYS };
 
 fn wait<T>(f: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(f)
@@ -44,7 +44,7 @@ fn until_asleep(event_loop: &Handle, before: u64) {
 #[test]
 fn a_thread_with_a_short_window_sleeps_after_it() {
     wait(async {
-        let thread = start(Polling { max_ns: 50_000, grow: 0, shrink: 0 });
+        let thread = start(Polling { max_ns: 50_000, grow: 0, shrink: 0, ..NEVER });
         let event_loop = event_loop(&thread).await;
         for _ in 0..100 {
             let before = sleeps(&event_loop);
@@ -58,9 +58,12 @@ fn a_thread_with_a_short_window_sleeps_after_it() {
 #[test]
 fn no_message_is_lost_between_looking_and_sleeping() {
     // From windows that end before the answer comes to those that end after it.
-    for polling in
-        [NEVER, Polling { max_ns: 1, grow: 0, shrink: 0 }, Polling { max_ns: 20_000, grow: 0, shrink: 2 }, ALWAYS]
-    {
+    for polling in [
+        NEVER,
+        Polling { max_ns: 1, grow: 0, shrink: 0, ..NEVER },
+        Polling { max_ns: 20_000, grow: 0, shrink: 2, ..NEVER },
+        ALWAYS,
+    ] {
         wait(async {
             let (left, right) = (start(polling), start(polling));
             let (one, other) = UnixStream::pair().unwrap();

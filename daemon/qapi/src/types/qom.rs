@@ -16,7 +16,8 @@ pub struct IothreadProperties {
     /// Threads for blocking operations at most.
     #[qapi(since = "7.1")]
     pub thread_pool_max: Option<i64>,
-    /// Nanoseconds to look for events before the thread sleeps, at most; 0 sleeps at once.
+    /// Nanoseconds to look for events before the thread sleeps, at most; 0 sleeps at once. If it is not given, 32768 while the thread
+    /// serves a queue in memory (vhost-user-blk, vduse-blk), and else 0.
     #[qapi(since = "2.9")]
     pub poll_max_ns: Option<i64>,
     /// The factor by which that time grows when a longer look would have caught the event; 0, the default, is 2.

@@ -16,9 +16,10 @@ pub const PROPERTIES: &[(&str, &str)] = &[
     ("poll-shrink", "int"),
 ];
 
-/// `poll-max-ns` of a thread whose user gives none. QEMU's 32768 applies to memory that it can watch; here it holds for sockets
-/// as well, where it was measured to cost up to twice the processor time a request and to gain little at best.
-const DEFAULT_POLL_MAX_NS: i64 = 0;
+/// `poll-max-ns` of a thread whose user gives none. As in QEMU it is then for queues in memory that it serves, and for other events
+/// only while there are such: with sockets alone it was measured to cost up to twice the processor time a request and to gain
+/// little at best.
+const DEFAULT_POLL_MAX_NS: i64 = 32768;
 
 /// The properties as the user sees them.
 #[derive(Clone, Copy)]
@@ -27,6 +28,8 @@ pub(super) struct Values {
     thread_pool_min: i64,
     thread_pool_max: i64,
     poll_max_ns: i64,
+    /// The user has set that.
+    polls_always: bool,
     poll_grow: i64,
     poll_shrink: i64,
 }
@@ -46,6 +49,7 @@ impl Values {
             thread_pool_min: or(given.thread_pool_min, defaults.thread_pool_min),
             thread_pool_max: or(given.thread_pool_max, defaults.thread_pool_max),
             poll_max_ns: given.poll_max_ns.unwrap_or(DEFAULT_POLL_MAX_NS),
+            polls_always: given.poll_max_ns.is_some(),
             poll_grow: given.poll_grow.unwrap_or(0),
             poll_shrink: given.poll_shrink.unwrap_or(0),
         }
@@ -69,6 +73,7 @@ impl Values {
         if let Some(place) = self.place(name) {
             *place = value;
         }
+        self.polls_always |= name == "poll-max-ns";
         Ok(self)
     }
 
@@ -85,6 +90,7 @@ impl Values {
             max_ns: within("poll-max-ns", self.poll_max_ns)?,
             grow: within("poll-grow", self.poll_grow)?,
             shrink: within("poll-shrink", self.poll_shrink)?,
+            for_queues: !self.polls_always,
         };
         match (usize::try_from(min), usize::try_from(max)) {
             (Ok(thread_pool_min), Ok(thread_pool_max)) if max != 0 && min <= max && i32::try_from(max).is_ok() => {
