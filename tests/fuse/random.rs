@@ -169,6 +169,59 @@ fn random_operations_on_qcow2() {
     random(qcow2(512 << 10), 2);
 }
 
+/// Reads and writes between those through a shared mapping, which go through the kernel's cache, and the others do not.
+#[test]
+fn random_operations_with_a_mapping() {
+    let script = "
+import mmap, os, random, sys
+path, seed, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+noise, fd = random.Random(seed), os.open(path, os.O_RDWR)
+size = os.fstat(fd).st_size
+model = bytearray(os.pread(fd, size, 0))
+shared = mmap.mmap(fd, size, mmap.MAP_SHARED)
+done = []
+def check(what, at, got):
+    if got != model[at:at + len(got)]:
+        differs = next(i for i in range(len(got)) if got[i] != model[at + i]) + at
+        sys.exit(f'{what} of {len(got)} bytes at {at} differs at {differs}, seed {seed}, last: {done[-8:]}')
+for step in range(steps):
+    at = noise.randrange(size)
+    len_ = min(noise.choice([1, 100, 4096, 20000, 70000]), size - at)
+    data = noise.randbytes(len_)
+    what = noise.choice(['read', 'write', 'map read', 'map write', 'map write', 'sync', 'flush', 'remap'])
+    done.append((what, at, len_))
+    if what == 'read': check(what, at, os.pread(fd, len_, at))
+    elif what == 'map read': check(what, at, shared[at:at + len_])
+    elif what == 'write':
+        assert os.pwrite(fd, data, at) == len_
+        model[at:at + len_] = data
+    elif what == 'map write':
+        shared[at:at + len_] = data
+        model[at:at + len_] = data
+    elif what == 'sync': os.fsync(fd)
+    elif what == 'flush': shared.flush()
+    else:
+        shared.close()
+        shared = mmap.mmap(fd, size, mmap.MAP_SHARED)
+check('all', 0, os.pread(fd, size, 0))
+shared.close()
+os.fsync(fd)
+open(sys.argv[4], 'wb').write(model)
+";
+    let Some(mounted) = Mounted::start(raw(300 << 10), ",writable=on") else { skip!("no FUSE here") };
+    let (mut seed, mut steps) = (number("FUSE_RANDOM_SEED", 3), number("FUSE_RANDOM_OPS", 1500));
+    let wanted = mounted.daemon.path("wanted");
+    let name = wanted.display().to_string();
+    // Each program goes on with what it finds, and none takes longer than a program may.
+    while steps > 0 {
+        let now = steps.min(2000);
+        tests::tools::ok("python3", ["-c", script, &mounted.name(), &seed.to_string(), &now.to_string(), &name]);
+        (seed, steps) = (seed + 1, steps - now);
+    }
+    let image = mounted.daemon.path("a.img");
+    assert!(std::fs::read(image).unwrap() == std::fs::read(wanted).unwrap(), "the image is what was written");
+}
+
 /// Several threads, each with its own part of the file, over several threads of the export.
 #[test]
 fn random_operations_of_many_at_once() {
