@@ -99,17 +99,18 @@ impl Workers {
     /// Work goes to `start`, which runs it later on some thread, or drops it; for an image to as many threads at a time as the
     /// process has processors.
     pub fn new(start: impl Fn(Box<dyn FnOnce() + Send>) + Send + Sync + 'static) -> Self {
-        Self::with(Arc::new(start))
+        // Asked once, on the thread that starts all: it looks into files.
+        let most = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::with(Arc::new(start), most)
     }
 
-    fn with(start: Arc<Start>) -> Self {
-        let most = std::thread::available_parallelism().map_or(1, usize::from);
+    fn with(start: Arc<Start>, most: usize) -> Self {
         Self(Some(Arc::new(Place { start, most, queue: Mutex::default() })))
     }
 
     /// The same threads for another image, whose jobs do not wait for this one's.
     pub fn another(&self) -> Self {
-        self.0.as_ref().map_or_else(Self::default, |place| Self::with(Arc::clone(&place.start)))
+        self.0.as_ref().map_or_else(Self::default, |place| Self::with(Arc::clone(&place.start), place.most))
     }
 
     /// The result of `work`, which runs to its end even if the future is dropped.

@@ -20,13 +20,13 @@ impl Qcow2 {
             while done < buf.len() && pieces.len() < AT_ONCE {
                 let start = at + u64_of(done);
                 let (place, len) = self.find(start, u64_of(buf.len() - done)).await?;
+                // Nearly all requests are one piece.
+                if us(len) == buf.len() {
+                    return self.read_piece(at, place, buf).await;
+                }
                 let part = buf.slice(done, us(len));
                 done += part.len();
-                // Nearly all requests are one piece.
-                if pieces.is_empty() && done == buf.len() {
-                    return self.read_piece(start, place, part).await;
-                }
-                pieces.push(self.read_piece(start, place, part));
+                pieces.push(async move { self.read_piece(start, place, &part).await });
             }
             join_all(pieces).await?;
         }
@@ -52,19 +52,19 @@ impl Qcow2 {
         Some(node)
     }
 
-    async fn read_piece(&self, at: u64, place: Where, buf: IoBuf) -> IoResult {
+    async fn read_piece(&self, at: u64, place: Where, buf: &IoBuf) -> IoResult {
         match place {
             Where::Zero(_) => buf.fill(0),
             Where::Backing => match self.backing.load_full() {
                 Some(backing) => {
                     self.file.raise(BlkdebugEvent::ReadBackingAio);
-                    backing.read(at, &buf).await?;
+                    backing.read(at, buf).await?;
                 }
                 None => buf.fill(0),
             },
             Where::Data(host) => {
                 self.file.raise(BlkdebugEvent::ReadAio);
-                self.data().read(host, &buf).await?;
+                self.data().read(host, buf).await?;
             }
             Where::Packed { at, len, skip } => {
                 let look = |bytes: &[u8]| {
