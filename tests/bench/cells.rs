@@ -17,6 +17,10 @@ pub enum Backend {
     Direct,
     /// Nothing.
     Null,
+    /// A new overlay of a full file through the page cache.
+    Overlay,
+    /// A new overlay of an image of the same length that is empty.
+    OverlayOfNothing,
 }
 
 /// One cell.
@@ -36,6 +40,8 @@ impl Cell {
             Backend::Cache => "cache",
             Backend::Direct => "direct",
             Backend::Null => "null",
+            Backend::Overlay => "overlay",
+            Backend::OverlayOfNothing => "overlay-of-nothing",
         };
         let size = if self.load.block >= 1 << 20 { "1m".to_owned() } else { format!("{}k", self.load.block >> 10) };
         let order = if self.load.random { "rand" } else { "seq" };

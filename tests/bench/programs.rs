@@ -9,7 +9,7 @@ use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
 use tests::image::Noise;
-use tests::{Daemon, Setup};
+use tests::{Daemon, Setup, tools};
 
 use crate::cells::Backend;
 
@@ -92,6 +92,12 @@ impl Program {
             Backend::Direct => {
                 format!("file,node-name=disk,filename={},cache.direct=on{aio}", image.path.display())
             }
+            Backend::Overlay => image.overlay(&image.path, "raw", aio),
+            Backend::OverlayOfNothing => {
+                let empty = image.path.with_file_name("empty");
+                tools::ok("qemu-img", ["create", "-q", "-f", "qcow2", &text(&empty), &image.size.to_string()]);
+                image.overlay(&empty, "qcow2", aio)
+            }
         }
     }
 
@@ -136,6 +142,15 @@ impl Image {
         Self { _dir: dir, path, size }
     }
 
+    /// The options of the node `disk` on a new overlay of the image at `below`.
+    fn overlay(&self, below: &Path, format: &str, file_options: &str) -> String {
+        let path = text(&self.path.with_file_name("overlay"));
+        let _ = std::fs::remove_file(&path);
+        tools::ok("qemu-img", ["create", "-q", "-f", "qcow2", "-F", format, "-b", &text(below), &path]);
+        let file_options = file_options.replace(',', ",file.");
+        format!("qcow2,node-name=disk,file.driver=file,file.filename={path}{file_options}")
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -155,4 +170,8 @@ pub fn pss(daemon: &Daemon) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", daemon.pid())).expect("read smaps_rollup");
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).expect("a line for Pss");
     line.trim().trim_end_matches(" kB").parse().expect("a number of kB")
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
 }

@@ -26,7 +26,7 @@ const fn cell(name: &'static str, backend: Backend, op: Op, block: usize, depth:
     Cell { name, backend, op, block, depth, queues }
 }
 
-const CELLS: [Cell; 8] = [
+const CELLS: [Cell; 10] = [
     cell("vhost-cache-4k-randread-d1", Backend::Cache, Op::Read, 4096, 1, 1),
     cell("vhost-cache-4k-randread-d32", Backend::Cache, Op::Read, 4096, 32, 1),
     cell("vhost-cache-4k-randread-d32-q2", Backend::Cache, Op::Read, 4096, 32, 2),
@@ -35,6 +35,8 @@ const CELLS: [Cell; 8] = [
     cell("vhost-null-4k-randread-d32", Backend::Null, Op::Read, 4096, 32, 1),
     cell("vhost-null-4k-randread-d32-q2", Backend::Null, Op::Read, 4096, 32, 2),
     cell("vhost-cache-1m-randread-d4", Backend::Cache, Op::Read, 1 << 20, 4, 1),
+    cell("vhost-overlay-4k-write-d32", Backend::Overlay, Op::Write, 4096, 32, 1),
+    cell("vhost-overlay-of-nothing-4k-write-d32", Backend::OverlayOfNothing, Op::Write, 4096, 32, 1),
 ];
 
 /// The names of the cells.
@@ -64,10 +66,28 @@ fn serve(cell: &Cell, program: Program, image: &Image) -> Daemon {
         .start()
 }
 
+/// Where requests go.
+struct Places {
+    noise: Noise,
+    /// Overlays get a cluster with each request, one after the other.
+    cluster: Option<u64>,
+}
+
+impl Places {
+    fn next(&mut self, size: u64, block: u64) -> u64 {
+        match &mut self.cluster {
+            Some(cluster) => {
+                *cluster += 1;
+                (*cluster << 16) % size + self.noise.below((1 << 16) / block) * block
+            }
+            None => self.noise.below(size / block) * block,
+        }
+    }
+}
+
 /// Keeps `depth` requests in flight for `time`; returns how many were done.
-fn load(queue: &mut Queue, cell: &Cell, size: u64, noise: &mut Noise, time: Duration) -> u64 {
-    let blocks = size / cell.block as u64;
-    let mut at = || noise.below(blocks) * cell.block as u64;
+fn load(queue: &mut Queue, cell: &Cell, size: u64, places: &mut Places, time: Duration) -> u64 {
+    let mut at = || places.next(size, cell.block as u64);
     for slot in 0..cell.depth {
         queue.submit(slot, cell.op, at());
     }
@@ -106,11 +126,12 @@ fn round(cell: &Cell, program: Program, image: &Image, time: Duration) -> Figure
             .map(|(index, queue)| {
                 let (ready, go) = (&ready, &go);
                 scope.spawn(move || {
-                    let mut noise = Noise::new(index as u64 + 1);
-                    load(queue, cell, size, &mut noise, time / 5);
+                    let overlay = matches!(cell.backend, Backend::Overlay | Backend::OverlayOfNothing);
+                    let mut places = Places { noise: Noise::new(index as u64 + 1), cluster: overlay.then_some(0) };
+                    load(queue, cell, size, &mut places, time / 5);
                     ready.wait();
                     go.wait();
-                    load(queue, cell, size, &mut noise, time)
+                    load(queue, cell, size, &mut places, time)
                 })
             })
             .collect();

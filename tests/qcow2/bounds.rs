@@ -139,3 +139,19 @@ fn a_resize_with_very_many_bitmaps() {
     assert!(refused.desc.contains("remove some bitmaps"), "{refused:?}");
     assert!(peak(&daemon) < 300, "{} MiB", peak(&daemon));
 }
+
+#[test]
+fn names_of_snapshots_have_a_length() {
+    let daemon = start(&["i.qcow2", "1M"], |_| {});
+    let mut qmp = daemon.qmp();
+    add(&mut qmp, "i.qcow2");
+    let mut make =
+        |len: usize| qmp.execute("blockdev-snapshot-internal-sync", json!({"device": "q", "name": "x".repeat(len)}));
+    make(255).unwrap();
+    let refused = make(256).unwrap_err();
+    assert!(refused.desc.ends_with("its name is longer than 255 bytes"), "{refused:?}");
+    make(1).unwrap();
+    qmp.ok("blockdev-del", json!({"node-name": "q"}));
+    let list = qemu_img(&daemon.path("."), &["snapshot", "-l", "i.qcow2"]);
+    assert!(list.contains(&"x".repeat(255)) && list.lines().count() == 4, "{list}");
+}

@@ -1,6 +1,6 @@
 //! Options of images, at the beginning and by `blockdev-reopen`.
 
-use crate::{node, peek, qemu_img, qemu_io, serve};
+use crate::{node, peek, poke, qemu_img, qemu_io, serve};
 use serde_json::{Value, json};
 use tests::nbd::Headers;
 use tests::{Daemon, Setup, on_reference, qmp};
@@ -42,8 +42,24 @@ fn what_contradicts_is_refused() {
             json!({"lazy-refcounts": true}),
             "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
         ),
+        (json!({"discard-no-unref": true}), "discard-no-unref is only supported since qcow2 version 3"),
+        (json!({"refcount-cache-size": i64::MAX}), "Refcount cache size too big"),
+        (json!({"l2-cache-size": -1}), "Value '-1' is out of range for parameter 'l2-cache-size'"),
+        (json!({"backing": "none"}), "Could not open backing file: Cannot find device='none' nor node-name='none'"),
     ] {
         assert_eq!(qmp.refused("blockdev-add", with(&extra)), expected);
+    }
+}
+
+/// Zeroes would go to guest offsets of the image itself.
+#[test]
+fn a_raw_data_file_that_is_not_there() {
+    let daemon = with_image(&["i.qcow2", "64M"]);
+    poke(&daemon.path("i.qcow2"), 95, &[2]);
+    let mut qmp = daemon.qmp();
+    for read_only in [false, true] {
+        let refused = qmp.refused("blockdev-add", with(&json!({"read-only": read_only})));
+        assert_eq!(refused, "data-file-raw requires a data file");
     }
 }
 

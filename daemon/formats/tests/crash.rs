@@ -400,6 +400,23 @@ fn clients_that_stay() {
         run(dir, "qemu-img", &["snapshot", "-c", "one", image]);
     };
     survives_crashes("stays, compressed, with a past", full, 58, &none);
+    // Clusters that show through, and such that nothing shows through in, of a format and of a file with a hole.
+    let below = folder();
+    create(below.path(), "-o cluster_size=4k base 2M");
+    qemu_io(below.path(), "base", &["write -P 203 0 300k", "write -z 300k 200k", "write -P 204 1M 512k"]);
+    run(below.path(), "qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "base", "flat"]);
+    let (base, flat) = (below.path().join("base"), below.path().join("flat"));
+    let overlay = |dir: &Path, image: &str| {
+        create(dir, &format!("-o cluster_size=16k -b {} -F qcow2 {image}", base.display()));
+    };
+    let file = json!({ "driver": "file", "filename": base, "locking": "off" });
+    let backing = json!({ "backing": { "driver": "qcow2", "file": file } });
+    survives_crashes("stays, overlay", overlay, 59, &backing);
+    let overlay = |dir: &Path, image: &str| {
+        create(dir, &format!("-o cluster_size=64k,extended_l2=on -b {} -F raw {image}", flat.display()));
+    };
+    let backing = json!({ "backing": { "driver": "file", "filename": flat, "locking": "off" } });
+    survives_crashes("stays, overlay of a file", overlay, 60, &backing);
 }
 
 #[test]

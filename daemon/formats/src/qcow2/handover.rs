@@ -8,8 +8,9 @@
 //! The host keeps what it was given when the process dies, in whatever order. When its power fails it keeps any part of it, so before
 //! L2 entries are written there is a barrier, as in a flush, if something that they name may not be there: a
 //! count, or bytes that have to be right once the entry is there. None is needed for clusters that have been set aside for it: a
-//! run behind the end of the file, counted and zero before, so that no part of the data can be wrong where zeroes were. A
-//! barrier behind it all is for those who flush: blocks stay dirty until then, and unlinked clusters in use.
+//! run behind the end of the file, counted and zero before, so that no part of the data can be wrong where zeroes were, in the
+//! image or in what shows through. A barrier behind it all is for those who flush: blocks stay dirty until then, and unlinked
+//! clusters in use.
 //!
 //! A crash leaks what was set aside, at most [`SPARE`] bytes.
 

@@ -161,7 +161,7 @@ impl Header {
         self.compression = match compression {
             0 => Compression::Zlib,
             1 => Compression::Zstd,
-            other => return Err(bad(format!("Unknown compression type: {other}"))),
+            other => return Err(bad(format!("qcow2: unknown compression type: {other}"))),
         };
         if (self.incompatible & COMPRESSION != 0) != (self.compression != Compression::Zlib) {
             return Err(bad(if self.compression == Compression::Zlib {

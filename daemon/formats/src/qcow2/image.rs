@@ -342,11 +342,6 @@ impl Qcow2 {
         Ok((first.unwrap_or(Where::Backing), done))
     }
 
-    /// Whether `range` of the guest's disk reads as zero where it is not in this image.
-    pub(super) fn backing_is_zero(&self, range: &Range<u64>) -> bool {
-        self.backing.load().as_ref().is_none_or(|backing| range.start >= backing.size())
-    }
-
     /// Whether there is a table that may be changed in place: bit 63 of the L1 entry, which says nothing where there is none.
     pub(super) fn is_own_table(&self, at: u64) -> bool {
         let entry = self.l1_entry(at);

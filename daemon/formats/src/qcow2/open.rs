@@ -154,6 +154,10 @@ pub(super) fn check_features(header: &Header, extensions: &Extensions, read_only
         0..=2 => return Err(Error::generic("The image is encrypted, which is not supported")),
         other => return Err(Error::generic(format!("Unsupported encryption method {other}"))),
     }
+    // Guest offsets would be taken for places in the image.
+    if header.autoclear & header::RAW_DATA_FILE != 0 && !header.has_data_file() {
+        return Err(Error::generic("data-file-raw requires a data file"));
+    }
     if read_only {
         return Ok(());
     }
@@ -197,9 +201,13 @@ async fn backing(
         Some(BlockdevRefOrNull::Definition(options)) => Some(BlockdevRef::Definition(options.clone())),
         None => None,
     };
+    let failed = |error: Error| {
+        let desc = format!("Could not open backing file: {error}");
+        Error { desc, ..error }
+    };
     let Some(name) = &start.backing_name else {
         return match reference {
-            Some(reference) => cx.child("backing", Role::Backing, &reference).await.map(Some),
+            Some(reference) => cx.child("backing", Role::Backing, &reference).await.map(Some).map_err(failed),
             None => Ok(None),
         };
     };
@@ -207,7 +215,7 @@ async fn backing(
         return Err(Error::generic("An external data file that is raw cannot have a backing file"));
     }
     if let Some(reference) = reference {
-        return cx.child("backing", Role::Backing, &reference).await.map(Some);
+        return cx.child("backing", Role::Backing, &reference).await.map(Some).map_err(failed);
     }
     let format = start.extensions.backing_format.as_deref();
     if format.is_none() && !name.starts_with("json:") {
@@ -218,10 +226,7 @@ async fn backing(
     }
     let options = named(name, format, file)?;
     let opened = cx.implicit_child("backing", Role::Backing, options).await;
-    opened.map(Some).map_err(|error| {
-        let desc = format!("Could not open backing file: {error}");
-        Error { desc, ..error }
-    })
+    opened.map(Some).map_err(failed)
 }
 
 impl Start {

@@ -32,6 +32,9 @@ impl Tuning {
     /// # Errors
     /// A value out of its range, or that contradicts another.
     pub fn choose(options: &BlockdevOptionsQcow2, header: &Header) -> Result<Self> {
+        if options.discard_no_unref == Some(true) && header.version < 3 {
+            return Err(Error::generic("discard-no-unref is only supported since qcow2 version 3"));
+        }
         let interval = options.cache_clean_interval.unwrap_or(CLEAN_INTERVAL);
         Ok(Self {
             caches: Caches::choose(options, header)?,
@@ -85,8 +88,8 @@ impl Caches {
         let needed = header.l1_entries_for(header.size).saturating_mul(cluster);
         let least_refcounts = 4 * cluster;
         let size = |name: &str, value: Option<i64>| {
-            let refused = |_| Error::generic(format!("Parameter '{name}' expects a size that is not negative"));
-            value.map(u64::try_from).transpose().map_err(refused)
+            let refused = |value| Error::generic(format!("Value '{value}' is out of range for parameter '{name}'"));
+            value.map(|value| u64::try_from(value).map_err(|_| refused(value))).transpose()
         };
         let all = size("cache-size", options.cache_size)?;
         let l2 = size("l2-cache-size", options.l2_cache_size)?;
@@ -114,6 +117,14 @@ impl Caches {
             return Err(Error::generic(format!(
                 "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
             )));
+        }
+        // The reference's limits of the numbers of tables.
+        let most = u64::from(i32::MAX.unsigned_abs());
+        if l2 / l2_entry > most {
+            return Err(Error::generic("L2 cache size too big"));
+        }
+        if refcounts / cluster > most {
+            return Err(Error::generic("Refcount cache size too big"));
         }
         Ok(Self { l2, l2_entry, refcounts })
     }

@@ -19,6 +19,8 @@ pub const MAX_TABLE: u64 = 64 << 20;
 pub const FIXED: u64 = 40;
 /// Most bytes of extra data of an entry that are understood.
 const MAX_EXTRA: u64 = 1024;
+/// Most bytes of a name: what the reference shows of one.
+const MAX_NAME: usize = 255;
 /// What stands for no count of instructions.
 const NO_ICOUNT: u64 = u64::MAX;
 
@@ -211,9 +213,19 @@ impl Qcow2 {
 
     async fn make_snapshot(&self, facts: &SnapshotFacts) -> Result<()> {
         let (mut list, table_len) = self.snapshots_now().await?;
-        let failed = |errno: Errno| Error::io("the image", errno.into());
+        let bits = 1 << self.header_now().refcount_order;
+        let failed = |errno: Errno| match errno {
+            Errno::EINVAL => Error::io(
+                format!("refcounts of {bits} bits cannot count another user of what is shared already"),
+                errno.into(),
+            ),
+            _ => Error::io("the image", errno.into()),
+        };
         if list.len() >= us(header::MAX_SNAPSHOTS.into()) {
             return Err(failed(Errno::EFBIG));
+        }
+        if facts.name.len() > MAX_NAME {
+            return Err(Error::generic(format!("its name is longer than {MAX_NAME} bytes")));
         }
         self.prepare().await.map_err(failed)?;
         let mut extra = vec![0; 24];
@@ -233,6 +245,9 @@ impl Qcow2 {
             vm_state: 0,
             extra,
         });
+        if u64_of(encode_table(&list).len()) > MAX_TABLE {
+            return Err(failed(Errno::EFBIG));
+        }
         Switch { image: self, list, table_len, gone: None }.carry_out().await.map_err(failed)
     }
 

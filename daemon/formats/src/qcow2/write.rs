@@ -9,7 +9,7 @@ use super::entry::{COPIED, Entry, OFFSET, Place};
 use super::guard::Kinds;
 use super::image::{Free, Qcow2, Where, lock};
 use super::join::join_all;
-use block::{BlkdebugEvent, Errno, IoResult, Span, WriteFlags};
+use block::{BlkdebugEvent, Errno, IoResult, Span, WriteFlags, status};
 use buf::IoBuf;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -254,7 +254,8 @@ impl Qcow2 {
         };
         let part = buf.slice(0, us(run.bytes.end - run.bytes.start));
         let written = async {
-            let was_zero = spare && self.reads_zero(&(start..run.bytes.end.next_multiple_of(cluster))).await?;
+            let all = start..run.bytes.end.next_multiple_of(cluster);
+            let was_zero = spare && self.reads_zero(&all, true).await?;
             self.fill_clusters(&run, &part, start, host, virgin).await?;
             if !spare && host >= virgin {
                 self.handover.grew();
@@ -311,7 +312,7 @@ impl Qcow2 {
         let mut around = Vec::new();
         for part in self.around(run, start) {
             // Nothing needs to be written where the file has never been and zeroes belong.
-            if to_host(part.start) < virgin || !self.reads_zero(&part).await? {
+            if to_host(part.start) < virgin || !self.reads_zero(&part, false).await? {
                 around.push(part);
             }
         }
@@ -361,19 +362,32 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Whether `part` of the guest's disk is known to read as zero.
-    async fn reads_zero(&self, part: &Range<u64>) -> IoResult<bool> {
+    /// Whether `part` of the guest's disk is known to read as zero. The host is asked about holes in files only if `ask`.
+    async fn reads_zero(&self, part: &Range<u64>, ask: bool) -> IoResult<bool> {
         let mut at = part.start;
         while at < part.end {
             let (place, len) = self.find(at, part.end - at).await?;
-            match place {
-                Where::Zero(_) => {}
-                Where::Backing if self.backing_is_zero(&(at..at + len)) => {}
-                _ => return Ok(false),
+            let len = match place {
+                Where::Zero(_) => len,
+                Where::Backing => self.zeroes_behind(Span::new(at, len), ask).await,
+                _ => 0,
+            };
+            if len == 0 {
+                return Ok(false);
             }
             at += len;
         }
         Ok(true)
+    }
+
+    /// How many of the first bytes of `span` the backing file is known to show as zero.
+    async fn zeroes_behind(&self, span: Span, ask: bool) -> u64 {
+        let Some(backing) = self.backing.load_full().filter(|backing| span.at < backing.size()) else {
+            return span.len;
+        };
+        let node = backing.node();
+        let found = if ask { status::of(&node, span).await } else { status::layer(&node, span).await };
+        found.ok().filter(|found| found.zero).map_or(0, |found| found.len)
     }
 
     /// Makes the L2 entries name the clusters from `host` on.
