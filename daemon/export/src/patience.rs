@@ -5,8 +5,8 @@
 //! keeps looking for a short while, letting other tasks of the thread run in between. Where that was in vain it is
 //! tried ever more rarely, so that a slow client, or a machine with too few processors, costs next to nothing.
 //!
-//! For NBD connections and FUSE exports on the daemon's first thread; how long an IOThread looks for events is told by its
-//! properties. Decides about time and does no I/O.
+//! For NBD connections on the daemon's first thread, and FUSE exports on any thread whose properties do not tell how long it looks for
+//! events. Decides about time and does no I/O.
 
 use std::time::{Duration, Instant};
 

@@ -60,8 +60,17 @@ const ALL_BYTES: usize = 256 << 20;
 /// IORING_ENTER_GETEVENTS: run deferred work.
 const GETEVENTS: u32 = 1;
 
-/// The memory of the entries of one ring: all headers, then all payloads.
+/// From this length on a request is worth huge pages: the kernel looks up each page that it copies to or from.
+const LARGE: usize = 512 << 10;
+/// The size of huge pages where they are smallest, in bytes.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// The memory of the entries of one ring: all payloads, then all headers.
 struct Area {
+    /// Where the mapping starts.
+    map: NonNull<u8>,
+    mapped: usize,
+    /// The first byte in it that starts a huge page, and how many come from there.
     base: NonNull<u8>,
     len: usize,
     /// The kernel may still write to it.
@@ -77,13 +86,25 @@ unsafe impl Backing for Area {}
 
 impl Area {
     fn new(len: usize) -> io::Result<Arc<Self>> {
+        let mapped = len.next_multiple_of(HUGE_PAGE) + HUGE_PAGE;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping wherever the kernel likes; it touches no memory of ours.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
-        let base = if base == libc::MAP_FAILED { None } else { NonNull::new(base.cast::<u8>()) };
-        let base = base.ok_or_else(io::Error::last_os_error)?;
-        Ok(Arc::new(Self { base, len, lent: AtomicBool::new(false) }))
+        let map = unsafe { libc::mmap(std::ptr::null_mut(), mapped, prot, flags, -1, 0) };
+        let map = if map == libc::MAP_FAILED { None } else { NonNull::new(map.cast::<u8>()) };
+        let map = map.ok_or_else(io::Error::last_os_error)?;
+        // SAFETY: less than a huge page, so inside.
+        let base = unsafe { map.add(map.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE)) };
+        Ok(Arc::new(Self { map, mapped, base, len, lent: AtomicBool::new(false) }))
+    }
+
+    /// Has the huge page that byte `at` is in be one, if the system can. It takes all of its memory from then on.
+    fn make_huge(&self, at: usize) {
+        let at = at - at % HUGE_PAGE;
+        if at < self.len {
+            // SAFETY: the range is in the mapping, whose bytes do not change. Before Linux 6.1 nothing happens.
+            unsafe { libc::madvise(self.base.add(at).as_ptr().cast(), HUGE_PAGE, libc::MADV_COLLAPSE) };
+        }
     }
 
     /// The bytes from `at`, which lie inside.
@@ -98,13 +119,13 @@ impl Area {
 
 impl Drop for Area {
     fn drop(&mut self) {
-        let base = self.base.as_ptr().cast();
+        let map = self.map.as_ptr().cast();
         if *self.lent.get_mut() {
             // SAFETY: the range is this area's; nobody but the kernel knows its addresses any more, and they stay reserved.
-            unsafe { libc::madvise(base, self.len, libc::MADV_DONTNEED) };
+            unsafe { libc::madvise(map, self.mapped, libc::MADV_DONTNEED) };
         } else {
             // SAFETY: this owner made the mapping, and nobody points into it any more.
-            unsafe { libc::munmap(base, self.len) };
+            unsafe { libc::munmap(map, self.mapped) };
         }
     }
 }
@@ -117,6 +138,8 @@ struct Entry {
     parts: [libc::iovec; 2],
     /// The number of the request that it holds.
     commit_id: u64,
+    /// Its payload was asked to lie in a huge page.
+    huge: bool,
 }
 
 // SAFETY: the addresses in `parts` are those of the two buffers, which may be sent.
@@ -195,18 +218,18 @@ impl FuseRing {
         let uring = builder.build(size)?;
         uring.submitter().register_restrictions(&mut [Restriction::sqe_op(opcode::UringCmd80::CODE)])?;
         uring.submitter().register_enable_rings()?;
-        let headers = (queues.len() * HEADERS_STRIDE).next_multiple_of(buf::MAX_ALIGN);
         let payload = payload.next_multiple_of(buf::MAX_ALIGN);
-        let area = Area::new(headers + queues.len() * payload)?;
+        let headers = queues.len() * payload;
+        let area = Area::new(headers + queues.len() * HEADERS_STRIDE)?;
         let entry = |(index, queue): (usize, &u16)| {
-            let entry_headers = area.part(index * HEADERS_STRIDE, HEADERS);
-            let entry_payload = area.part(headers + index * payload, payload);
+            let entry_headers = area.part(headers + index * HEADERS_STRIDE, HEADERS);
+            let entry_payload = area.part(index * payload, payload);
             let part = |buf: &IoBuf| {
                 let first = buf.segments().next().map_or(std::ptr::null_mut(), |segment| segment.ptr.as_ptr());
                 libc::iovec { iov_base: first.cast(), iov_len: buf.len() }
             };
             let parts = [part(&entry_headers), part(&entry_payload)];
-            Entry { queue: *queue, headers: entry_headers, payload: entry_payload, parts, commit_id: 0 }
+            Entry { queue: *queue, headers: entry_headers, payload: entry_payload, parts, commit_id: 0, huge: false }
         };
         let entries = queues.iter().enumerate().map(entry).collect();
         Ok(Self { uring, device, area, entries })
@@ -449,6 +472,7 @@ impl FuseQueues {
     /// the kernel: with the next [`flush`](Self::flush), or when there are no more requests.
     pub fn reply(&self, entry: usize, header: &[u8], payload_len: usize) {
         let mut inner = self.inner.borrow_mut();
+        inner.moved(entry, payload_len);
         let Some(place) = inner.entries.get(entry) else { return };
         place.headers.write_at(0, header.get(..FIXED_AT).unwrap_or(header));
         // No payload is as long as that.
@@ -483,7 +507,17 @@ impl Inner {
         entry.headers.read_at(PAYLOAD_LEN_AT, &mut len);
         entry.commit_id = u64::from_ne_bytes(commit_id);
         let payload_len = usize::try_from(u32::from_ne_bytes(len)).unwrap_or(usize::MAX).min(entry.payload.len());
-        Some(Fetched { entry: index, header, fixed, payload_len, payload: entry.payload.clone() })
+        let payload = entry.payload.clone();
+        self.moved(index, payload_len);
+        Some(Fetched { entry: index, header, fixed, payload_len, payload })
+    }
+
+    /// The payload of an entry was used for so many bytes. The kernel takes the entry that came back last, so that this one will be
+    /// used again.
+    fn moved(&mut self, index: usize, len: usize) {
+        let Some(entry) = self.entries.get_mut(index).filter(|entry| len >= LARGE && !entry.huge) else { return };
+        entry.huge = true;
+        self.area.make_huge(index.saturating_mul(entry.payload.len()));
     }
 }
 

@@ -55,7 +55,7 @@ pub use fuse_device::FuseDevice;
 pub use fuse_ring::{FUSE_FIXED, FUSE_HEADER, Fetched, FuseQueues, FuseRing};
 pub use lock::{ImageLock, LockError, LockMode, LockSet, Locking};
 pub use messages::MessageSocket;
-pub use polling::{Look, Polling, Watched, is_polling, look_around};
+pub use polling::{Look, Polling, Watched, is_polling, is_polling_for_queues, look_around};
 pub use pool::{blocking, detach};
 pub use send_queue::SendQueue;
 pub use stream::{Listener, Stream};

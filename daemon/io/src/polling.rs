@@ -144,6 +144,11 @@ pub fn is_polling() -> bool {
     crate::thread::current_poller().is_some_and(|poller| poller.settings.get().is_some())
 }
 
+/// Whether the calling thread looks for queues in shared memory alone: nobody has said how long it looks for other events.
+pub fn is_polling_for_queues() -> bool {
+    crate::thread::current_poller().is_some_and(|poller| poller.settings.for_queues.load(Ordering::Relaxed))
+}
+
 fn has_lookers() -> bool {
     LOOKERS.try_with(|all| all.try_borrow().is_ok_and(|all| !all.is_empty())).unwrap_or(false)
 }
@@ -466,6 +471,7 @@ mod tests {
             let thread = IoThread::start("queues", Params::default()).unwrap();
             thread.set_polling(Polling { for_queues: true, ..ON });
             let seen = thread.run(|| async {
+                assert!(is_polling_for_queues());
                 let before = is_polling();
                 let watched = Watched::new(Rc::new(Nothing), Waker::noop().clone());
                 let during = is_polling();
@@ -473,6 +479,8 @@ mod tests {
                 [before, during, is_polling()]
             });
             assert_eq!(seen.await.unwrap(), [false, true, false]);
+            thread.set_polling(ON);
+            assert!(!thread.run(|| async { is_polling_for_queues() }).await.unwrap());
             thread.stop().await;
         });
     }

@@ -76,8 +76,7 @@ struct Mounted {
 impl FuseDriver {
     async fn open(&self, params: ExportParams) -> Result<Arc<FuseExport>> {
         let threads = params.serving_threads()?;
-        // How long an IOThread looks for events is told by its properties; the daemon's first thread has none.
-        let looks = params.threads.is_empty();
+        let ours = params.threads.is_empty();
         let mounted = match self.mountpoint.strip_prefix(PASSED) {
             Some(number) => self.take_passed(number)?,
             None => self.mount(params.writable).await?,
@@ -92,7 +91,7 @@ impl FuseDriver {
             closing: lifetime.watch(),
             owner: (Uid::current().as_raw(), Gid::current().as_raw()),
         });
-        let export = Arc::new(FuseExport { id: params.id, disk: params.disk, lifetime, looks, rings: Arc::default() });
+        let export = Arc::new(FuseExport { id: params.id, disk: params.disk, lifetime, ours, rings: Arc::default() });
         match export.serve(mounted, Arc::new(file), &threads).await {
             Ok(()) => Ok(export),
             Err(error) => {
@@ -172,8 +171,8 @@ pub struct FuseExport {
     disk: Disk,
     /// With the tasks inside: one or two a thread, and the one that ends them.
     lifetime: Lifetime,
-    /// Its tasks look for requests before they sleep.
-    looks: bool,
+    /// It runs on the daemon's first thread, and on no IOThread of the user's.
+    ours: bool,
     rings: Arc<Rings>,
 }
 
@@ -202,9 +201,9 @@ impl Serving {
         self.stop.clone()
     }
 
-    /// Whether its tasks look for requests before they sleep.
-    pub(crate) fn looks(&self) -> bool {
-        self.task.export.looks
+    /// Whether it runs on the daemon's first thread, and on no IOThread of the user's.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.task.export.ours
     }
 
     /// Where requests come over rings.
@@ -273,7 +272,7 @@ impl FuseExport {
                     Ok(device) => {
                         let source = Device::new(device);
                         let end =
-                            session::run(source, serving.file(), &transport, serving.stop(), serving.looks()).await;
+                            session::run(source, serving.file(), &transport, serving.stop(), serving.is_ours()).await;
                         serving.ended(end);
                     }
                     Err(error) => {

@@ -3,7 +3,8 @@
 //! The task takes requests until there are none, starts each where it found it, replies to those that need not wait at once,
 //! and only then sleeps. A request that was taken is always served and replied to, so memory is bounded by taking only while
 //! those in flight hold less than [`MAX_BYTES`] and are fewer than [`MAX_SLOTS`]. Where requests come from is a [`Source`].
-//! On the daemon's first thread it looks for the next one a moment before it sleeps, where that was worth it before.
+//! Before it sleeps it looks for the next one for a moment where that was worth it before, unless the properties of its thread say for
+//! how long that one looks.
 
 use super::file::File;
 use super::reply::Reply;
@@ -106,14 +107,13 @@ struct Done<T> {
 }
 
 /// Serves `file` on `source` until `stop` is true or the source ends. Requests that were taken are replied to before
-/// it ends. With `looks` it is this task that looks for the next request before it sleeps. An IOThread does so itself, as its
-/// properties say.
+/// it ends. `ours` says that the thread is no IOThread of the user's.
 pub(crate) async fn run<S: Source>(
     source: S,
     file: Arc<File>,
     greet: &impl Greet,
     mut stop: watch::Receiver<bool>,
-    looks: bool,
+    ours: bool,
 ) -> End {
     let start = |incoming: Incoming<S::Ticket>| {
         let file = &file;
@@ -129,8 +129,8 @@ pub(crate) async fn run<S: Source>(
             Done { unique, answer, cost, ticket }
         }
     };
-    let patience = looks.then(|| Patience::new(PATIENCE));
-    let mut session = Session { source, slots: Slots::new(), bytes: 0, end: None, patience, start };
+    let patience = Patience::new(PATIENCE);
+    let mut session = Session { source, slots: Slots::new(), bytes: 0, end: None, ours, patience, start };
     let mut stopped = pin!(async move {
         // An error says that the export is gone.
         let _ = stop.wait_for(|stop| *stop).await;
@@ -159,7 +159,8 @@ struct Session<S, F, B> {
     /// Bytes that requests in flight hold.
     bytes: usize,
     end: Option<End>,
-    patience: Option<Patience>,
+    ours: bool,
+    patience: Patience,
     start: B,
 }
 
@@ -188,9 +189,7 @@ where
                 Poll::Pending => std::task::ready!(self.look(cx)),
                 Poll::Ready(next) => next,
             };
-            if let Some(patience) = &mut self.patience {
-                patience.found(Instant::now);
-            }
+            self.patience.found(Instant::now);
             match next {
                 Ok(Some(incoming)) => self.take(incoming),
                 Ok(None) => {}
@@ -203,8 +202,8 @@ where
 
     /// With nothing else to wait for, looks for a request that is about to come; and then again after others had their turn.
     fn look(&mut self, cx: &mut Context<'_>) -> Poll<Next<S::Ticket>> {
-        let Some(patience) = &mut self.patience else { return Poll::Pending };
-        if self.slots.busy() > 0 || !patience.look_again(Instant::now()) {
+        let allowed = self.ours || io::is_polling_for_queues();
+        if !allowed || self.slots.busy() > 0 || !self.patience.look_again(Instant::now()) {
             return Poll::Pending;
         }
         let next = self.source.look(cx);

@@ -88,7 +88,7 @@ async fn serve(ring: FuseRing, serving: Serving) {
     rings.0.fetch_add(1, Ordering::Relaxed);
     tracing::debug!(target: "fuse_transport", "requests of a FUSE export come over io_uring");
     let source = Queues::new(queues);
-    let end = session::run(source, serving.file(), &NoGreeting, serving.stop(), serving.looks()).await;
+    let end = session::run(source, serving.file(), &NoGreeting, serving.stop(), serving.is_ours()).await;
     rings.0.fetch_sub(1, Ordering::Relaxed);
     // Those who read the device know better what else the end of the queues means: the kernel may only not want them.
     if end == End::Aborted {
