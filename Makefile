@@ -38,6 +38,7 @@ test: tools ## Run every test
 
 test-vm: ## Run the tests on real kernels, in a VM; says why where it cannot
 	$(CARGO) build -p qemu-storage-daemon -p qemu-pr-helper --bins
+	$(CARGO) build -p tests --bin vdpa-driver
 	@tests/vm/suite $(abspath $(TARGET))/debug/qemu-pr-helper
 
 test-reference: tools ## Run the same suite against the installed reference

@@ -17,6 +17,8 @@ pub enum Backend {
     Direct,
     /// Nothing.
     Null,
+    /// A qcow2 image in which every cluster is allocated.
+    Qcow2,
     /// A new overlay of a full file through the page cache.
     Overlay,
     /// A new overlay of an image of the same length that is empty.
@@ -40,6 +42,7 @@ impl Cell {
             Backend::Cache => "cache",
             Backend::Direct => "direct",
             Backend::Null => "null",
+            Backend::Qcow2 => "qcow2",
             Backend::Overlay => "overlay",
             Backend::OverlayOfNothing => "overlay-of-nothing",
         };

@@ -92,6 +92,17 @@ impl Program {
             Backend::Direct => {
                 format!("file,node-name=disk,filename={},cache.direct=on{aio}", image.path.display())
             }
+            Backend::Qcow2 => {
+                let (from, full) = (text(&image.path), image.path.with_file_name("full.qcow2"));
+                if !full.exists() {
+                    tools::ok("qemu-img", ["convert", "-f", "raw", "-O", "qcow2", &from, &text(&full)]);
+                }
+                format!(
+                    "qcow2,node-name=disk,file.driver=file,file.filename={}{}",
+                    full.display(),
+                    aio.replace(',', ",file.")
+                )
+            }
             Backend::Overlay => image.overlay(&image.path, "raw", aio),
             Backend::OverlayOfNothing => {
                 let empty = image.path.with_file_name("empty");

@@ -26,7 +26,7 @@ const fn cell(name: &'static str, backend: Backend, op: Op, block: usize, depth:
     Cell { name, backend, op, block, depth, queues }
 }
 
-const CELLS: [Cell; 10] = [
+const CELLS: [Cell; 12] = [
     cell("vhost-cache-4k-randread-d1", Backend::Cache, Op::Read, 4096, 1, 1),
     cell("vhost-cache-4k-randread-d32", Backend::Cache, Op::Read, 4096, 32, 1),
     cell("vhost-cache-4k-randread-d32-q2", Backend::Cache, Op::Read, 4096, 32, 2),
@@ -35,6 +35,8 @@ const CELLS: [Cell; 10] = [
     cell("vhost-null-4k-randread-d32", Backend::Null, Op::Read, 4096, 32, 1),
     cell("vhost-null-4k-randread-d32-q2", Backend::Null, Op::Read, 4096, 32, 2),
     cell("vhost-cache-1m-randread-d4", Backend::Cache, Op::Read, 1 << 20, 4, 1),
+    cell("vhost-qcow2-4k-randread-d32", Backend::Qcow2, Op::Read, 4096, 32, 1),
+    cell("vhost-qcow2-4k-randwrite-d32", Backend::Qcow2, Op::Write, 4096, 32, 1),
     cell("vhost-overlay-4k-write-d32", Backend::Overlay, Op::Write, 4096, 32, 1),
     cell("vhost-overlay-of-nothing-4k-write-d32", Backend::OverlayOfNothing, Op::Write, 4096, 32, 1),
 ];

@@ -5,7 +5,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use std::path::Path;
 use std::sync::Arc;
 use virtio_driver::{
-    EventFd, QueueNotifier, VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
+    EventFd, QueueNotifier, VhostUser, VhostVdpa, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport,
+    VirtioFeatureFlags,
 };
 
 /// Entries of each queue.
@@ -52,10 +53,20 @@ impl Disk {
     pub fn open(socket: &Path, queues: usize, depth: usize, len: usize) -> Self {
         let features =
             VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX | VirtioFeatureFlags::RING_INDIRECT_DESC;
-        let blk = VirtioBlkFeatureFlags::FLUSH | VirtioBlkFeatureFlags::CONFIG_WCE | VirtioBlkFeatureFlags::MQ;
         let path = socket.to_str().expect("a path in UTF-8");
-        let transport = VhostUser::new(path, features.bits() | blk.bits()).expect("connect to the device");
-        let mut transport: Box<VirtioBlkTransport> = Box::new(transport);
+        let transport = VhostUser::new(path, features.bits() | device_features()).expect("connect to the device");
+        Self::over(Box::new(transport), queues, depth, len)
+    }
+
+    /// The device of the kernel's bus that vhost_vdpa gives to programs and virtual machines, with one queue.
+    pub fn of_kernel(path: &Path, depth: usize, len: usize) -> Self {
+        let features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_INDIRECT_DESC;
+        let path = path.to_str().expect("a path in UTF-8");
+        let transport = VhostVdpa::with_path(path, features.bits() | device_features()).expect("open the device");
+        Self::over(Box::new(transport), 1, depth, len)
+    }
+
+    fn over(mut transport: Box<VirtioBlkTransport>, queues: usize, depth: usize, len: usize) -> Self {
         let file = crate::vhost::memory((queues * depth * len).next_multiple_of(4096) as u64);
         let memory = Arc::new(MmapOptions::new().map_raw(&file).expect("map memory"));
         let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
@@ -77,6 +88,10 @@ impl Disk {
         let (size, writeback) = (u64::from(config.capacity) * 512, config.writeback != 0);
         Self { queues, size, writeback, _transport: transport }
     }
+}
+
+fn device_features() -> u64 {
+    (VirtioBlkFeatureFlags::FLUSH | VirtioBlkFeatureFlags::CONFIG_WCE | VirtioBlkFeatureFlags::MQ).bits()
 }
 
 impl Queue {

@@ -1,6 +1,7 @@
 #!/bin/bash
 # VDUSE exports on the kernel's vDPA bus.
-# run -b DAEMON:qemu-storage-daemon [-b /usr/bin/qemu-storage-daemon:reference] -b /usr/bin/qemu-img t/vduse.sh [PART...]
+# run -b DAEMON:qemu-storage-daemon [-b /usr/bin/qemu-storage-daemon:reference] -b /usr/bin/qemu-img -b VDPA-DRIVER:vdpa-driver
+#     t/vduse.sh [PART...]
 . /vm/lib/lib.sh
 io="python3 /vm/lib/block_io.py"
 qmp() { # qmp NAME [KEY=VALUE...]: fails with an error's text
@@ -117,6 +118,53 @@ t_remove() {
     check_says '^2$' "with other options" sh -c "ls $b/mq | wc -l"
     ends anew
 }
+t_vhost() { # vhost_vdpa, by which a virtual machine gets the device, with a driver in a program
+    local f n v=/dev/vhost-vdpa-0
+    type vdpa-driver >/dev/null 2>&1 || { echo "vhost_vdpa: left out, there is no vdpa-driver"; return; }
+    modprobe -r virtio_vdpa && modprobe vhost_vdpa || { echo "vhost_vdpa: left out, this kernel has none"; return; }
+    for f in raw qcow2; do
+        echo "--- vhost_vdpa, $f"
+        image $f 8M
+        check "$f: starts" start qemu-storage-daemon writable=on && check "$f: the device is added" \
+            vdpa dev add name vduse0 mgmtdev vduse && check "$f: a program gets it" wait_for 60 test -c $v || return
+        check_says '^8388608$' "$f: random operations" timeout 120 vdpa-driver $v $RANDOM
+        for n in 1 2 3; do # a virtual machine that is killed
+            timeout -s KILL 0.$n vdpa-driver $v $RANDOM >/dev/null 2>&1
+        done
+        check_says '^8388608$' "$f: the next one finds the device reset" timeout 120 vdpa-driver $v $RANDOM
+        check "$f: the daemon is alive" qmp query-block-exports
+        ends "$f"
+        [ $f = raw ] || check "$f: the image is whole" qemu-img check -q $img
+    done
+    modprobe -r vhost_vdpa; modprobe virtio_vdpa
+}
+waits() { # how many requests wait
+    qmp query-block-exports | grep -q "\"waiting-operations\": $1"
+}
+t_errors() { # the policy for requests that fail, on a file system that runs full
+    echo "--- without space"
+    mkdir -p /tmp/small; mount -t tmpfs -o size=4M none /tmp/small
+    local policy w
+    for policy in enospc stop; do
+        rm -f /tmp/small/*; truncate -s 16M /tmp/small/disk; dd if=/dev/zero of=/tmp/small/filler bs=1M count=3 status=none
+        node=(--blockdev file,node-name=f,filename=/tmp/small/disk)
+        check "$policy: starts" start qemu-storage-daemon writable=on,x-on-error=$policy && check "$policy: the disk appears" attach || return
+        dd if=/dev/urandom of=/tmp/data bs=1M count=2 status=none
+        dd if=/tmp/data of=$d bs=256k oflag=direct status=none & w=$!
+        check "$policy: a write waits" wait_for 60 waits '[1-9]'
+        rm /tmp/small/filler
+        check "$policy: resume" qmp x-block-export-resume id=e
+        wait $w; check "$policy: the writer saw no error" test $? = 0
+        check "$policy: none waits" wait_for 60 waits 0
+        check "$policy: what was written is there" cmp -n 2097152 /tmp/data $d
+        ends "$policy"
+    done
+    rm -f /tmp/small/*; truncate -s 16M /tmp/small/disk; dd if=/dev/zero of=/tmp/small/filler bs=1M count=3 status=none
+    check "report: starts" start qemu-storage-daemon writable=on,x-on-error=report && check "report: the disk appears" attach || return
+    check_rc 1 "report: the writer sees the error" dd if=/tmp/data of=$d bs=256k oflag=direct status=none
+    ends report
+    umount /tmp/small
+}
 t_kills() { # numbered records with fsync and without, while the daemon is killed, which is no power failure
     local f n
     for f in ${KILL_FORMATS:-raw qcow2}; do
@@ -145,7 +193,7 @@ t_kills() { # numbered records with fsync and without, while the daemon is kille
     done
 }
 
-parts=${*:-reference raw qcow2 readonly remove kills}
+parts=${*:-reference raw qcow2 readonly remove errors vhost kills}
 for q in qemu-storage-daemon reference; do type $q >/dev/null 2>&1 && missing $q; done
 modprobe -a vduse virtio_vdpa virtio_blk || { echo "skip: this kernel has no VDUSE"; exit 77; }
 for part in $parts; do

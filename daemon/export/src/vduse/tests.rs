@@ -11,7 +11,7 @@ use crate::virtio_blk::vring::InflightRegion;
 use block::disk::DiskOptions;
 use block::perm::Bits;
 use block::testing::{self, MemoryDriver};
-use block::{Facts, NodeOptions, Perms};
+use block::{Disk, Facts, NodeOptions, OnError, Perms};
 use buf::Gather;
 use io::{IoThread, VDUSE_MESSAGE, VduseQueue, VduseRegion};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -220,6 +220,8 @@ impl StandIn {
 
 struct World {
     kernel: Arc<StandIn>,
+    /// What the export holds.
+    export: Disk,
     disk: Arc<testing::Memory>,
     drivers: watch::Receiver<usize>,
 }
@@ -286,7 +288,7 @@ fn with_device<F: Future<Output = ()>>(
             };
             device.run(closing).await.unwrap();
         });
-        test(Rc::new(World { kernel, disk, drivers: counted })).await;
+        test(Rc::new(World { kernel, export: attached.clone(), disk, drivers: counted })).await;
         close.send(()).unwrap();
         running.await.unwrap();
         graph.detach(attached).await;
@@ -323,6 +325,81 @@ fn a_driver_comes_writes_and_goes() {
         kernel.offer(0, 0);
         kernel.used(1).await;
         assert_eq!((kernel.status(0), world.sector(4)), (0, 0xCD), "the next driver begins anew");
+    });
+}
+
+impl World {
+    /// Waits until a request waits for better times.
+    async fn until_one_waits(&self) {
+        let wait = async {
+            while self.export.waiting() == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), wait).await.expect("no request waits");
+    }
+}
+
+#[test]
+fn a_write_without_space_is_the_drivers_where_errors_are_reported() {
+    with_device(StandIn::new(), None, async |world| {
+        let kernel = &world.kernel;
+        world.export.handle_errors("e".to_owned(), OnError::Report);
+        world.disk.fails.store(true, Ordering::Relaxed);
+        assert_eq!(kernel.set_status(READY).await, 0);
+        kernel.write_request(0, 3, 0xAB, 0);
+        kernel.offer(0, 0);
+        kernel.used(1).await;
+        assert_eq!((kernel.status(0), world.export.waiting()), (1, 0));
+    });
+}
+
+#[test]
+fn a_write_without_space_waits_for_a_resume_where_errors_stop() {
+    for policy in [OnError::Stop, OnError::Enospc] {
+        with_device(StandIn::new(), None, async move |world| {
+            let kernel = &world.kernel;
+            world.export.handle_errors("e".to_owned(), policy);
+            world.disk.fails.store(true, Ordering::Relaxed);
+            assert_eq!(kernel.set_status(READY).await, 0);
+            kernel.write_request(0, 3, 0xAB, 0);
+            kernel.offer(0, 0);
+            world.until_one_waits().await;
+            world.disk.fails.store(false, Ordering::Relaxed);
+            kernel.write_request(1, 5, 0xCD, 0x1000);
+            kernel.offer(1, 3);
+            kernel.used(1).await;
+            assert_eq!((kernel.status(0x1000), world.sector(5)), (0, 0xCD), "others are served meanwhile");
+            assert_eq!(kernel.status(0), 0xFF, "the driver was told nothing of the first");
+            world.export.resume();
+            kernel.used(2).await;
+            assert_eq!((kernel.status(0), world.sector(3), world.export.waiting()), (0, 0xAB, 0));
+        });
+    }
+}
+
+#[test]
+fn a_reset_is_answered_when_what_waits_is_done() {
+    with_device(StandIn::new(), None, async |world| {
+        let kernel = &world.kernel;
+        world.export.handle_errors("e".to_owned(), OnError::Stop);
+        world.disk.fails.store(true, Ordering::Relaxed);
+        assert_eq!(kernel.set_status(READY).await, 0);
+        kernel.write_request(0, 3, 0xAB, 0);
+        kernel.offer(0, 0);
+        world.until_one_waits().await;
+        let answered = kernel.replies.lock().unwrap().len();
+        let better = async {
+            // The memory is the driver's for something else from the answer on, so there is none before.
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(kernel.replies.lock().unwrap().len(), answered);
+            world.disk.fails.store(false, Ordering::Relaxed);
+            world.export.resume();
+        };
+        let (result, ()) = tokio::join!(kernel.set_status(0), better);
+        assert_eq!((result, kernel.status(0), world.sector(3)), (0, 0, 0xAB));
     });
 }
 
