@@ -34,6 +34,17 @@ enum Way {
     Fresh,
 }
 
+/// Who is asked whether zeroes show through.
+#[derive(Clone, Copy, Debug)]
+enum Asked {
+    /// Nobody: there are some behind the backing file's end.
+    Nobody,
+    /// The backing files, which may be at the other end of a connection.
+    Layers,
+    /// They, and the host about holes in files.
+    Host,
+}
+
 /// A run of guest clusters that is written to in one way.
 #[derive(Debug)]
 struct Run {
@@ -255,8 +266,8 @@ impl Qcow2 {
         let part = buf.slice(0, us(run.bytes.end - run.bytes.start));
         let written = async {
             let all = start..run.bytes.end.next_multiple_of(cluster);
-            let was_zero = spare && self.reads_zero(&all, true).await?;
-            self.fill_clusters(&run, &part, start, host, virgin).await?;
+            let was_zero = spare && self.reads_zero(&all, Asked::Host).await?;
+            self.fill_clusters(&run, &part, start, host, virgin, spare.then_some(was_zero)).await?;
             if !spare && host >= virgin {
                 self.handover.grew();
             }
@@ -306,13 +317,27 @@ impl Qcow2 {
         around
     }
 
-    /// Writes the data, and what belongs around it, to the clusters from `host` on, which map `start` on.
-    async fn fill_clusters(&self, run: &Run, data: &IoBuf, start: u64, host: u64, virgin: u64) -> IoResult {
+    /// Writes the data, and what belongs around it, to the clusters from `host` on, which map `start` on. `was_zero` says whether
+    /// all of that was zeroes, if it has been found out.
+    async fn fill_clusters(
+        &self,
+        run: &Run,
+        data: &IoBuf,
+        start: u64,
+        host: u64,
+        virgin: u64,
+        was_zero: Option<bool>,
+    ) -> IoResult {
         let to_host = |guest: u64| host + (guest - start);
         let mut around = Vec::new();
+        let mut asked = if was_zero.is_none() { Asked::Layers } else { Asked::Nobody };
         for part in self.around(run, start) {
             // Nothing needs to be written where the file has never been and zeroes belong.
-            if to_host(part.start) < virgin || !self.reads_zero(&part, false).await? {
+            if to_host(part.start) < virgin {
+                around.push(part);
+            } else if was_zero != Some(true) && !self.reads_zero(&part, asked).await? {
+                // What is read anyway need not be asked about.
+                asked = Asked::Nobody;
                 around.push(part);
             }
         }
@@ -362,14 +387,14 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Whether `part` of the guest's disk is known to read as zero. The host is asked about holes in files only if `ask`.
-    async fn reads_zero(&self, part: &Range<u64>, ask: bool) -> IoResult<bool> {
+    /// Whether `part` of the guest's disk is known to read as zero.
+    async fn reads_zero(&self, part: &Range<u64>, asked: Asked) -> IoResult<bool> {
         let mut at = part.start;
         while at < part.end {
             let (place, len) = self.find(at, part.end - at).await?;
             let len = match place {
                 Where::Zero(_) => len,
-                Where::Backing => self.zeroes_behind(Span::new(at, len), ask).await,
+                Where::Backing => self.zeroes_behind(Span::new(at, len), asked).await,
                 _ => 0,
             };
             if len == 0 {
@@ -381,12 +406,16 @@ impl Qcow2 {
     }
 
     /// How many of the first bytes of `span` the backing file is known to show as zero.
-    async fn zeroes_behind(&self, span: Span, ask: bool) -> u64 {
+    async fn zeroes_behind(&self, span: Span, asked: Asked) -> u64 {
         let Some(backing) = self.backing.load_full().filter(|backing| span.at < backing.size()) else {
             return span.len;
         };
         let node = backing.node();
-        let found = if ask { status::of(&node, span).await } else { status::layer(&node, span).await };
+        let found = match asked {
+            Asked::Nobody => return 0,
+            Asked::Layers => status::layer(&node, span).await,
+            Asked::Host => status::of(&node, span).await,
+        };
         found.ok().filter(|found| found.zero).map_or(0, |found| found.len)
     }
 

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Most bytes of refcount blocks in memory: a walk over all L2 tables for every 8 TiB, with clusters of 64 KiB. Where assertions
 /// are checked it is so little that small images have several pieces.
-const PIECE: u64 = if cfg!(debug_assertions) { 4 << 10 } else { 256 << 20 };
+const PIECE: u64 = if cfg!(debug_assertions) { 16 << 10 } else { 256 << 20 };
 
 /// Most runs of clusters that are noted to be discarded.
 const MAX_FREED: usize = 1 << 20;
