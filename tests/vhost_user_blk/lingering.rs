@@ -146,4 +146,6 @@ fn a_file_whose_server_does_not_answer() {
         let fd = file.try_clone().unwrap().into();
         Hanging { fd, give_up: false, release: Box::new(Standing(Rc::clone(&server))) }
     });
+    // A server that is killed, as this one will be, leaves its mount.
+    nix::mount::umount2(&server.path("mnt"), nix::mount::MntFlags::MNT_DETACH).unwrap();
 }
