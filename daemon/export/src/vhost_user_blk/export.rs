@@ -22,8 +22,8 @@ use tokio::sync::watch;
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that ended and left something that cannot be closed: with so many of them no further one is taken.
 const MAX_FORMER: usize = 8;
-/// How long the end of the listener is waited for at most.
-const LISTENER_END: Duration = Duration::from_secs(1);
+/// How long is waited at most until what a front-end sent, or the listener, is closed.
+const CLOSING: Duration = Duration::from_millis(200);
 /// What a guest sees as serial number if the user gives none. `[reference]`
 const SERIAL: &str = "vhost_user_blk";
 
@@ -95,12 +95,12 @@ async fn start(options: &BlockExportOptionsVhostUserBlk, params: ExportParams) -
 /// Serves one front-end after the other until the export is to close.
 async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Parts) {
     let mut short = false;
-    // Of those that left with something that cannot be closed yet.
+    // Of those that left; busy where something cannot be closed yet.
     let mut former: Vec<Lane> = Vec::new();
     while let Some(accepted) = next_client(&listeners, &former, export).await {
-        former.retain(|lane| !lane.is_idle());
         let connected = accepted.and_then(|fd| {
-            let lane = Lane::start("front-end")?;
+            let idle = former.iter().position(Lane::is_idle).map(|at| former.swap_remove(at));
+            let lane = idle.map_or_else(|| Lane::start("front-end"), Ok)?;
             Ok((MessageSocket::new(fd, &lane)?, lane))
         });
         let (socket, lane) = match connected {
@@ -117,6 +117,8 @@ async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Pa
         export.connected.store(true, Ordering::Relaxed);
         tracing::debug!(target: "vhost_user_blk_connected", export = export.id);
         let result = Device::new(parts, &export.lifetime, socket, lane.clone()).run().await;
+        // Usually at once, so that the next one needs no further thread.
+        let _ = tokio::time::timeout(CLOSING, lane.idle()).await;
         former.push(lane);
         export.connected.store(false, Ordering::Relaxed);
         match result {
@@ -130,7 +132,7 @@ async fn serve(listeners: Vec<Listener>, export: &VhostUserBlkExport, parts: &Pa
     if let Ok(lane) = Lane::start("front-end") {
         lane.dispose(listeners.into_iter().map(Listener::into_fd).collect::<Vec<_>>());
         // Usually at once, so that the name is free for the next export.
-        let _ = tokio::time::timeout(LISTENER_END, lane.idle()).await;
+        let _ = tokio::time::timeout(CLOSING, lane.idle()).await;
     }
 }
 
@@ -149,7 +151,7 @@ async fn next_client(
         ready.map_or(std::task::Poll::Pending, std::task::Poll::Ready)
     });
     let any = async {
-        if let (Some(oldest), MAX_FORMER..) = (former.first(), former.len()) {
+        if let (Some(oldest), MAX_FORMER.., false) = (former.first(), former.len(), former.iter().any(Lane::is_idle)) {
             oldest.idle().await;
         }
         any.await
