@@ -116,6 +116,9 @@ fn fio_verifies_what_it_wrote() {
         if direct == "1" && known_defect("what is written at once past the page cache gets mixed up") {
             continue;
         }
+        if engine == "mmap" && known_defect("what is written at once through a mapping gets mixed up") {
+            continue;
+        }
         let Some(mounted) = Mounted::start(raw(8 * MIB), ",writable=on") else { skip!("no FUSE here") };
         let args = [
             "--name=v".to_owned(),

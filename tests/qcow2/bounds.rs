@@ -5,7 +5,7 @@ use crate::{peek, poke, qemu_img, qemu_io};
 use serde_json::json;
 use std::fs::File;
 use std::path::Path;
-use tests::{Daemon, Setup, qmp};
+use tests::{Daemon, Setup, known_defect, on_reference, qmp, skip};
 
 const MIB: u64 = 1 << 20;
 
@@ -92,6 +92,9 @@ fn many_snapshots(path: &Path, place: impl Fn(u64) -> u64) {
 
 #[test]
 fn l1_tables_of_very_many_snapshots() {
+    if on_reference() {
+        skip!("x-blockdev-check is a command of this daemon");
+    }
     let daemon = start(&["-o", "cluster_size=512", "i.qcow2", "1M"], |path| {
         many_snapshots(path, |i| 16 * MIB + i * 512 * 1024);
     });
@@ -105,6 +108,9 @@ fn l1_tables_of_very_many_snapshots() {
 
 #[test]
 fn an_l1_table_of_very_many_snapshots() {
+    if on_reference() {
+        skip!("x-blockdev-check is a command of this daemon");
+    }
     let daemon = start(&["-o", "cluster_size=64k", "i.qcow2", "1M"], |path| many_snapshots(path, |_| 16 * MIB));
     let mut qmp = daemon.qmp();
     add(&mut qmp, "i.qcow2");
@@ -116,6 +122,9 @@ fn an_l1_table_of_very_many_snapshots() {
 /// Bitmaps without end, which all have the same table.
 #[test]
 fn a_resize_with_very_many_bitmaps() {
+    if on_reference() {
+        skip!("QEMU opens no image whose bitmaps have the same name");
+    }
     const BITMAPS: u64 = 65535;
     let daemon = start(&["i.qcow2", "2T"], |path| {
         qemu_img(path.parent().unwrap(), &["bitmap", "--add", "-g", "512", "i.qcow2", "b"]);
@@ -148,7 +157,10 @@ fn names_of_snapshots_have_a_length() {
     let mut make =
         |len: usize| qmp.execute("blockdev-snapshot-internal-sync", json!({"device": "q", "name": "x".repeat(len)}));
     make(255).unwrap();
-    let refused = make(256).unwrap_err();
+    let refused = match make(256) {
+        Ok(_) if known_defect("a longer name of a snapshot is cut when it is read") => return,
+        made => made.unwrap_err(),
+    };
     assert!(refused.desc.ends_with("its name is longer than 255 bytes"), "{refused:?}");
     make(1).unwrap();
     qmp.ok("blockdev-del", json!({"node-name": "q"}));

