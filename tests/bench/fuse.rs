@@ -22,6 +22,8 @@ const CELLS: &[(&str, &str, u32, u32)] = &[
     ("randwrite", "4k", 32, 1),
     ("randread", "4k", 8, 4),
     ("randwrite", "4k", 8, 4),
+    ("read", "1m", 1, 1),
+    ("write", "1m", 1, 1),
     ("read", "1m", 4, 1),
     ("write", "1m", 4, 1),
 ];
