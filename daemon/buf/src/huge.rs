@@ -7,7 +7,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// The size of huge pages where they are smallest, in bytes; elsewhere a block has none, or none of its own.
-pub(crate) const HUGE_PAGE: usize = 2 << 20;
+pub const HUGE_PAGE: usize = 2 << 20;
+/// From this length on, in bytes, a buffer is worth huge pages.
+pub const HUGE_FROM: usize = 512 << 10;
 
 /// Zeroed memory that starts at a huge page.
 pub(crate) struct Block {

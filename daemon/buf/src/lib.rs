@@ -18,6 +18,7 @@ mod mapping;
 mod pool;
 
 pub use guest::{BadAddress, BadTable, Gather, GuestMemory, Region};
+pub use huge::{HUGE_FROM, HUGE_PAGE};
 pub use iobuf::{Backing, IoBuf, Segment, Segments};
 pub use mapping::{Disposal, Mapping, Pages, Window, watch_faults};
 pub use pool::{MAX_ALIGN, pooled_bytes};

@@ -7,7 +7,7 @@
 //!
 //! Large buffers are parts of blocks in huge pages, which are given back when none of their parts is left.
 
-use crate::huge::{Block, HUGE_PAGE};
+use crate::huge::{Block, HUGE_FROM, HUGE_PAGE};
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::ptr::NonNull;
@@ -19,8 +19,6 @@ pub const MAX_ALIGN: usize = 4096;
 const MIN_CLASS: usize = MAX_ALIGN;
 const MAX_CLASS: usize = 4 << 20;
 const CLASSES: usize = MAX_CLASS.ilog2() as usize - MIN_CLASS.ilog2() as usize + 1;
-/// Buffers from this length on lie in huge pages.
-const HUGE_FROM: usize = 512 << 10;
 /// What one thread may keep, in bytes: the eight requests of 2 MiB that a copying client has in flight, twice.
 const KEEP_BYTES: usize = 32 << 20;
 

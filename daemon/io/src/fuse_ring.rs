@@ -14,7 +14,7 @@
 
 use crate::polling::note_event;
 use crate::{pool, threads};
-use buf::{Backing, IoBuf, Segment};
+use buf::{Backing, HUGE_FROM, HUGE_PAGE, IoBuf, Segment};
 use io_uring::register::Restriction;
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -59,11 +59,6 @@ const ALL_ENTRIES: usize = 128;
 const ALL_BYTES: usize = 256 << 20;
 /// IORING_ENTER_GETEVENTS: run deferred work.
 const GETEVENTS: u32 = 1;
-
-/// From this length on a request is worth huge pages: the kernel looks up each page that it copies to or from.
-const LARGE: usize = 512 << 10;
-/// The size of huge pages where they are smallest, in bytes.
-const HUGE_PAGE: usize = 2 << 20;
 
 /// The memory of the entries of one ring: all payloads, then all headers.
 struct Area {
@@ -515,7 +510,7 @@ impl Inner {
     /// The payload of an entry was used for so many bytes. The kernel takes the entry that came back last, so that this one will be
     /// used again.
     fn moved(&mut self, index: usize, len: usize) {
-        let Some(entry) = self.entries.get_mut(index).filter(|entry| len >= LARGE && !entry.huge) else { return };
+        let Some(entry) = self.entries.get_mut(index).filter(|entry| len >= HUGE_FROM && !entry.huge) else { return };
         entry.huge = true;
         self.area.make_huge(index.saturating_mul(entry.payload.len()));
     }
